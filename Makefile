@@ -1,0 +1,74 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Each makes its own environment in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := -c requirements/constraints.txt
+OLD_TRITON  := 3.6.0
+export MAX_JOBS ?= $(shell nproc)
+
+# Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
+TORCH_INDEX ?=
+
+.PHONY: demo test bench lint format types triton-check abi-check package-check clean
+
+demo: $(VENV)/.built
+	$(BIN)/python -m pspnet_fast.demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy pspnet_fast
+
+# Every Triton kernel to machine code for sm_80 and sm_90, with the pinned Triton and with the oldest supported one.
+triton-check: $(VENV)/.built build/triton-$(OLD_TRITON)/.installed
+	$(BIN)/python .ci/triton_check.py
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python .ci/triton_check.py
+
+# The extension needs nothing newer than torch 2.11 and Python 3.10.
+abi-check: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/torch-abi-audit --check both pspnet_fast/_C.abi3.so
+	$(BIN)/torch-abi-audit --json pspnet_fast/_C.abi3.so | grep -q '"min_torch_version": "2.11.0"'
+
+# The wheel, the sdist, and the wheel that the sdist builds.
+package-check: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python .ci/package_check.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: requirements/constraints.txt | $(BIN)/python
+	$(PIP) install -q --no-deps $(TORCH_INDEX) $(CONSTRAINTS) torch
+	@touch $@
+
+$(VENV)/.deps: requirements/build.txt requirements/test.txt $(VENV)/.torch
+	$(PIP) install -q $(CONSTRAINTS) -r requirements/build.txt -r requirements/test.txt torch
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.deps
+	$(PIP) install -q $(CONSTRAINTS) -r requirements/dev.txt
+	@touch $@
+
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+build/triton-$(OLD_TRITON)/.installed: | $(BIN)/python
+	$(PIP) install -q --no-deps --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) pspnet_fast/_C.*.so

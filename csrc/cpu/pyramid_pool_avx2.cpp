@@ -1,0 +1,1 @@
+#include "cpu/pyramid_pool_kernels.h"

@@ -1,0 +1,148 @@
+// pyramid_project: dispatch, registration, and the scalar kernels.
+
+#include "cpu/pyramid_project.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/dispatch.h"
+#include "cpu/pyramid_project_kernels.h"
+#include "geometry.h"
+
+namespace pspnet_fast {
+namespace {
+
+constexpr int64_t kWork = int64_t{1} << 20;  // multiplications worth a thread
+
+int64_t units(int64_t length, int64_t unit) {
+  return (length + unit - 1) / unit;
+}
+
+int64_t grain(int64_t work) {
+  return std::max<int64_t>(1, kWork / std::max<int64_t>(work, 1));
+}
+
+int64_t accumulator_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+}
+
+// The arguments that both directions share, checked; owns the lists that the kernels point into.
+class Operands {
+ public:
+  Operands(const char* op, const Tensor& pyramid, const std::vector<Tensor>& weight, const std::vector<int64_t>& bins)
+      : bins_(bins) {
+    check(pyramid.dim() == 3, op, "pyramid must be 3-D (N, S, C), got ", pyramid.dim(), " dimensions");
+    check_dtype(op, "pyramid", pyramid);
+    check_contiguous(op, "pyramid", pyramid);
+    check_bins(op, bins);
+    const auto levels = static_cast<int64_t>(bins.size());
+    const int64_t n = pyramid.size(0), c = pyramid.size(2), cells = level_start(bins.data(), levels);
+    check_size(op, "pyramid", pyramid, {n, cells, c});
+    check(weight.size() == bins.size(), op, "weight must have one tensor for each of ", levels, " bins, got ", weight.size());
+    check(weight[0].dim() == 2, op, "weight must be 2-D (R, C), got ", weight[0].dim(), " dimensions");
+    const int64_t r = weight[0].size(0);
+    for (const Tensor& w : weight) {
+      check_like(op, "weight", w, pyramid);
+      check_size(op, "weight", w, {r, c});
+      check_contiguous(op, "weight", w);
+      weight_.push_back(w.const_data_ptr());
+    }
+    shared_ = {dtype_of(pyramid),      n, c, r, bins_.data(), levels, cells,
+               pyramid.const_data_ptr(), weight_.data()};
+  }
+  Operands(const Operands&) = delete;
+
+  const PyramidProject& shared() const { return shared_; }
+
+ private:
+  std::vector<int64_t> bins_;
+  std::vector<const void*> weight_;
+  PyramidProject shared_;
+};
+
+const void* per_channel(const char* op, const char* name, const std::optional<Tensor>& values, const PyramidProject& a) {
+  if (!values) {
+    return nullptr;
+  }
+  const ScalarType dtype = a.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  check(values->scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype), ", got ",
+        torch::headeronly::toString(values->scalar_type()));
+  check_size(op, name, *values, {a.level_count, a.reduced});
+  check_contiguous(op, name, *values);
+  return values->const_data_ptr();
+}
+
+Tensor pyramid_project_forward_cpu(const Tensor& pyramid, const std::vector<Tensor>& weight,
+                                   const std::vector<int64_t>& bins, const std::optional<Tensor>& scale,
+                                   const std::optional<Tensor>& shift, bool relu) {
+  constexpr const char* op = "pyramid_project_forward";
+  const Operands operands(op, pyramid, weight, bins);
+  const PyramidProject& shared = operands.shared();
+  Tensor out = new_output(pyramid, {shared.images, shared.cells, shared.reduced});
+  const void* const scales = per_channel(op, "scale", scale, shared);
+  const void* const shifts = per_channel(op, "shift", shift, shared);
+  if (out.numel() == 0) {
+    return out;
+  }
+  // A level's cells are rounded up to whole vectors, of at most kProjectBlock lanes.
+  const int64_t rows = shared.images * shared.cells, padded = rows + shared.level_count * kProjectBlock;
+  const Scratch packed(padded * shared.channels * accumulator_size(shared.dtype));
+  const PyramidProjectForward a{shared, scales, shifts, relu, packed.as<void>(), out.mutable_data_ptr()};
+  torch::stable::parallel_for(
+      0, units(a.channels, kProjectBlock), grain(kProjectBlock * rows * 16),
+      [&](int64_t begin, int64_t end) { PSPNET_FAST_KERNEL(pyramid_project_pack)(a, begin, end); });
+  torch::stable::parallel_for(
+      0, units(a.reduced, kProjectRows), grain(kProjectRows * rows * a.channels),
+      [&](int64_t begin, int64_t end) { PSPNET_FAST_KERNEL(pyramid_project_forward)(a, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> pyramid_project_backward_cpu(const Tensor& grad, const Tensor& pyramid,
+                                                        const std::vector<Tensor>& weight,
+                                                        const std::vector<int64_t>& bins) {
+  constexpr const char* op = "pyramid_project_backward";
+  const Operands operands(op, pyramid, weight, bins);
+  const PyramidProject& shared = operands.shared();
+  check_like(op, "grad", grad, pyramid);
+  check_size(op, "grad", grad, {shared.images, shared.cells, shared.reduced});
+  check_contiguous(op, "grad", grad);
+  Tensor d_pyramid = new_output(pyramid, {shared.images, shared.cells, shared.channels});
+  Tensor d_weight = new_output(pyramid, {shared.level_count, shared.reduced, shared.channels});
+
+  constexpr int64_t kStreamBytes = int64_t{4} << 20;  // more than a core's own caches hold
+  const int64_t size = accumulator_size(shared.dtype), rows = shared.images * shared.cells;
+  const int64_t row_bytes = shared.channels * static_cast<int64_t>(d_weight.element_size());
+  const bool aligned = reinterpret_cast<uintptr_t>(d_weight.const_data_ptr()) % 64 == 0 && row_bytes % 64 == 0;
+  const Scratch grad_rows(rows * shared.reduced * size), grad_columns(rows * shared.reduced * size);
+  const PyramidProjectBackward a{shared,
+                                 grad.const_data_ptr(),
+                                 grad_rows.as<void>(),
+                                 grad_columns.as<void>(),
+                                 d_pyramid.mutable_data_ptr(),
+                                 d_weight.mutable_data_ptr(),
+                                 aligned && shared.level_count * shared.reduced * row_bytes >= kStreamBytes};
+  const int64_t largest = *std::max_element(bins.begin(), bins.end()), scratch = a.images * largest * largest * kProjectStripBytes;
+  torch::stable::parallel_for(
+      0, units(a.reduced, kProjectBlock), grain(kProjectBlock * rows * 16),
+      [&](int64_t begin, int64_t end) { PSPNET_FAST_KERNEL(pyramid_project_pack_grad)(a, begin, end); });
+  const int64_t strip = kProjectStripBytes / size, strips = units(a.channels, strip);
+  torch::stable::parallel_for(0, strips, grain(strip * rows * a.reduced), [&](int64_t begin, int64_t end) {
+    const Scratch memory(scratch);
+    PSPNET_FAST_KERNEL(pyramid_project_d_pyramid)(a, begin, end, memory.as<void>());
+    PSPNET_FAST_KERNEL(pyramid_project_d_weight)(a, begin, end, memory.as<void>());
+  });
+  return {d_pyramid, d_weight};
+}
+
+}  // namespace
+}  // namespace pspnet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CPU, m) {
+  m.impl("pyramid_project_forward", TORCH_BOX(&pspnet_fast::pyramid_project_forward_cpu));
+  m.impl("pyramid_project_backward", TORCH_BOX(&pspnet_fast::pyramid_project_backward_cpu));
+}

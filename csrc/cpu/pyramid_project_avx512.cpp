@@ -1,0 +1,1 @@
+#include "cpu/pyramid_project_kernels.h"

@@ -1,0 +1,58 @@
+// upsample_concat on the CPU: what upsample_concat.cpp prepares for the kernels of upsample_concat_kernels.h.
+#pragma once
+
+#include "cpu/kernel.h"
+
+namespace pspnet_fast {
+
+// Pixels [begin, end) of an axis: they sample the same two cells.
+struct TapRun {
+  int64_t begin, end, lower, upper;
+};
+
+struct TapAxis {
+  const TapRun* runs;
+  int64_t run_count;
+  const double* fraction;  // of the upper cell, for every pixel; already rounded to the accumulator's type
+};
+
+struct UpsampleLevel {
+  int64_t bins;           // cells along an axis
+  int64_t first_cell;     // in the packed pyramid
+  int64_t first_channel;  // in the concatenation
+  TapAxis rows, columns;
+};
+
+constexpr int64_t kUpsampleBlock = 16;  // channels that one unit of work owns, whatever the width of the vectors
+
+struct UpsampleConcat {
+  Dtype dtype;
+  int64_t reduced, total_channels, height, width;
+  const UpsampleLevel* levels;
+  int64_t level_count, cell_count;
+  int64_t blocks;  // of channels, in a level
+  int64_t pitch;   // width, rounded up to whole vectors
+};
+
+struct UpsampleConcatForward : UpsampleConcat {
+  const void* x;
+  int64_t x_channels, x_first_channel;  // none: 0
+  const void* pyramid;
+  void* out;
+};
+
+struct UpsampleConcatBackward : UpsampleConcat {
+  const void* grad;
+  void* out;
+};
+
+// `scratch` has the accumulator's type. Units of work [begin, end): for _planes and both backward kernels blocks of
+// channels, level after level, image after image; for _pixels the pixels, image after image.
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_pixels, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes_backward, const UpsampleConcatBackward& a, int64_t begin, int64_t end,
+                           void* scratch)
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_pixels_backward, const UpsampleConcatBackward& a, int64_t begin, int64_t end,
+                           void* scratch)
+
+}  // namespace pspnet_fast

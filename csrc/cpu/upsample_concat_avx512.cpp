@@ -1,0 +1,1 @@
+#include "cpu/upsample_concat_kernels.h"

@@ -1,0 +1,108 @@
+"""The index arithmetic of `pspnet_fast/geometry.py` for kernels: the same names, the same integers; and how values round.
+
+Integers are 32-bit: `refuses_size` keeps every product inside, and what makes up a fraction exact in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what kernels call. The interpreter would set up triton.language anew at each call, for 2 ms: there
+    a plain function does the same."""
+    return function if INTERPRETED.value else triton.jit(function)
+
+
+def refuses_size(size: Sequence[int], bins: Sequence[int]) -> str | None:
+    """Why 32-bit integers and the grid's second and third axes would not do for this map and these bins, or None."""
+    if max(size) > 32767:
+        return f"the triton kernels take maps of at most 32767 x 32767, got {size[0]} x {size[1]}"
+    if cell_count(bins) > 65535:
+        return f"the triton kernels take at most 65535 cells, got {cell_count(bins)}"
+    return None
+
+
+@device_function
+def bin_start(i, size, bins):
+    return i * size // bins
+
+
+@device_function
+def bin_end(i, size, bins):
+    return ((i + 1) * size + bins - 1) // bins
+
+
+@triton.constexpr_function
+def cell_count(bins):
+    return sum(b * b for b in bins)
+
+
+@triton.constexpr_function
+def level_starts(bins):
+    return tuple(accumulate((b * b for b in bins[:-1]), initial=0))
+
+
+@device_function
+def level_of(row, BINS: tl.constexpr):
+    """Level of a row of the packed pyramid, its bins, and the row that level starts at."""
+    level, bins, start = 0, BINS[0], 0
+    for k in tl.static_range(1, len(BINS)):
+        level = tl.where(row >= level_starts(BINS)[k], k, level)
+        bins = tl.where(row >= level_starts(BINS)[k], BINS[k], bins)
+        start = tl.where(row >= level_starts(BINS)[k], level_starts(BINS)[k], start)
+    return level, bins, start
+
+
+@device_function
+def bilinear_tap(i, size, cells, align_corners: tl.constexpr):
+    if align_corners:
+        position = i * (cells - 1)
+        denominator = tl.maximum(size - 1, 1)
+    else:
+        position = tl.maximum((2 * i + 1) * cells - size, 0)
+        denominator = 2 * size
+    lower = tl.minimum(position // denominator, cells - 1)
+    return lower, tl.minimum(lower + 1, cells - 1), position - lower * denominator, denominator
+
+
+@device_function
+def tap_start(cell, size, cells, align_corners: tl.constexpr):
+    """First pixel whose lower tap is `cell` or a later one; `size` from `cell` = `cells` on. The taps' inverse."""
+    if align_corners:
+        intervals = tl.maximum(cells - 1, 1)
+        first = (cell * tl.maximum(size - 1, 1) + intervals - 1) // intervals
+    else:
+        first = (2 * size * cell + size + cells - 1) // (2 * cells)
+    return tl.where(cell <= 0, 0, tl.where(cell < cells, tl.minimum(first, size), size))
+
+
+@device_function
+def tiles(size, block):
+    return (size + block - 1) // block
+
+
+@device_function
+def fraction(numerator, denominator):
+    """A tap's f as float32, rounded once."""
+    one = tl.full((), 1.0, tl.float32)
+    return tl.div_rn(numerator * one, denominator * one)
+
+
+@device_function
+def round_to(value, dtype: tl.constexpr):
+    """`value` (float32) rounded to the nearest `dtype`, ties to even: the interpreter's own bfloat16 conversion truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40
+        return tl.where(value == value, rounded, quiet).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)

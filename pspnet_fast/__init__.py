@@ -1,0 +1,10 @@
+"""pspnet_fast: custom kernels for PSPNet and every model with a pyramid pooling module."""
+
+from __future__ import annotations
+
+from . import functional
+from .backends import describe, explain, use_backend
+from .nn.ppm import PPM
+
+__version__ = "0.1.0"
+__all__ = ["PPM", "__version__", "describe", "explain", "functional", "use_backend"]

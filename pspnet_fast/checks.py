@@ -1,0 +1,82 @@
+"""Checks of what callers pass, in one wording: `op: what must hold, got this`.
+
+ValueError for a shape or a value, TypeError for a type or a dtype. Every helper names the op it speaks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(op: str, name: str, tensor: object, dims: str) -> None:
+    """A floating-point tensor whose rank is the number of letters of `dims`, such as "NCHW"."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(dims):
+        raise ValueError(f"{op}: {name} must be {len(dims)}-D ({', '.join(dims)}), got {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{op}: {name} must be one of {kinds}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_features(op: str, x: torch.Tensor) -> None:
+    """Features (N, C, H, W): N may be 0, the rest may not."""
+    check_tensor(op, "x", x, "NCHW")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x must have at least one channel, row and column, got {tuple(x.shape)}")
+
+
+def check_bins(op: str, bins: Sequence[int]) -> tuple[int, ...]:
+    """Bins as a tuple: at least one, all of them positive integers."""
+    if isinstance(bins, (int, str)) or not isinstance(bins, Sequence):
+        raise TypeError(f"{op}: bins must be a sequence of integers such as (1, 2, 3, 6), got {bins!r}")
+    if not bins:
+        raise ValueError(f"{op}: bins must not be empty")
+    for b in bins:
+        if isinstance(b, bool) or not isinstance(b, int):
+            raise TypeError(f"{op}: bins must be integers, got {bins!r}")
+        if b < 1:
+            raise ValueError(f"{op}: bins must be positive, got {bins!r}")
+    return tuple(bins)
+
+
+def check_pyramid(op: str, name: str, pyramid: torch.Tensor, bins: Sequence[int]) -> None:
+    """A packed pyramid (N, S, C) of exactly these bins."""
+    check_tensor(op, name, pyramid, "NSC")
+    cells = sum(b * b for b in bins)
+    if pyramid.shape[1] != cells:
+        raise ValueError(
+            f"{op}: {name} must have {cells} cells for bins {tuple(bins)}, got {pyramid.shape[1]} in {tuple(pyramid.shape)}"
+        )
+    if pyramid.shape[2] == 0:
+        raise ValueError(f"{op}: {name} must have at least one channel, got {tuple(pyramid.shape)}")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {meaning} = {shape}, got {tuple(tensor.shape)}")
+
+
+def check_same_device(op: str, first: str, a: torch.Tensor, second: str, b: torch.Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{op}: {first} and {second} must be on one device, got {a.device} and {b.device}")
+
+
+def check_same_dtype(op: str, first: str, a: torch.Tensor, second: str, b: torch.Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{op}: {first} and {second} must have one dtype, got {a.dtype} and {b.dtype}")
+
+
+def check_order(op: str, order: Sequence[int] | None, level_count: int) -> tuple[int, ...]:
+    """The concatenation's blocks: -1 is x (at most once), k is level k (each once). None is x, then the levels."""
+    if order is None:
+        return tuple(range(-1, level_count))
+    if sorted(set(order) - {-1}) != list(range(level_count)) or len(set(order)) != len(order):
+        raise ValueError(
+            f"{op}: order must name each level 0..{level_count - 1} once, and x as -1 at most once, got {tuple(order)}"
+        )
+    return tuple(order)

@@ -1,0 +1,115 @@
+"""Checkpoints: read a file without running what is in it, and load all of it or none of it."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+_WRAPPERS = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that cannot be read or does not fit. A RuntimeError too, as PyTorch's `load_state_dict` raises."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What `torch.load` finds in a file, on the CPU and with `weights_only=True`: a pickle in it is never executed.
+
+    Raises:
+        OSError: the file is missing, a directory, or not readable.
+        CheckpointError: the file is not a checkpoint, is truncated, or holds more than tensors and plain values.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {os.fspath(path)!r}. Nothing is downloaded: give the path of a file that is there"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # A damaged file surfaces as whatever the unpickler trips over: EOFError, RuntimeError, UnicodeDecodeError...
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{os.fspath(path)!r} must hold a dictionary, got {type(content).__name__}")
+    return content
+
+
+def bare_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """The names and tensors inside a checkpoint: the dictionary under "state_dict" or "model" where there is one,
+    without the prefix that `DistributedDataParallel` ("module.") or `torch.compile` ("_orig_mod.") puts before names.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"a state_dict must be a mapping, got {type(checkpoint).__name__}")
+    for name in _WRAPPERS:
+        if isinstance(checkpoint.get(name), Mapping):
+            checkpoint = checkpoint[name]
+    for name, value in checkpoint.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"a state_dict maps names to tensors, got {type(value).__name__} under {name!r}")
+    bare: OrderedDict[str, Any] = OrderedDict(checkpoint)
+    if hasattr(checkpoint, "_metadata"):
+        bare._metadata = copy(checkpoint._metadata)  # type: ignore[attr-defined]
+    while prefix := next((p for p in _PREFIXES if bare and all(name.startswith(p) for name in bare)), None):
+        consume_prefix_in_state_dict_if_present(bare, prefix)
+    return bare
+
+
+class Loadable(nn.Module):
+    """A module whose `load_state_dict` looks at the whole checkpoint first, then copies all of it or nothing."""
+
+    optional_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Parts that may be absent, as a whole, from the checkpoint or from the module."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a checkpoint as `bare_state_dict` understands it.
+
+        As `nn.Module.load_state_dict`, with these differences: nothing is copied unless everything fits; also where
+        `strict`, the parts named in `optional_prefixes` may be absent on either side, and `num_batches_tracked` from
+        the checkpoint (files older than PyTorch 0.4.1 lack it). Absent names are in the returned `missing_keys`,
+        left-over ones in `unexpected_keys`.
+
+        Raises:
+            CheckpointError: shapes differ or, where `strict`, keys are missing or unexpected. It lists all of them.
+        """
+        given = bare_state_dict(state_dict)
+        own = self.state_dict()
+        missing = [name for name in own if name not in given]
+        unexpected = [name for name in given if name not in own]
+        lists = {
+            "mismatched": [
+                f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in own
+                if name in given and own[name].shape != given[name].shape
+            ]
+        }
+        if strict:
+            lists["missing"] = [name for name in self._not_optional(missing, given) if not _is_counter(name)]
+            lists["unexpected"] = self._not_optional(unexpected, own)
+        if any(lists.values()):
+            raise CheckpointError(
+                f"{type(self).__name__}: the checkpoint does not fit, nothing was loaded"
+                + "".join(f"\n  {len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+            )
+        super().load_state_dict(given, strict=False, assign=assign)
+        return _IncompatibleKeys(missing, unexpected)
+
+    def _not_optional(self, names: Iterable[str], other_side: Iterable[str]) -> list[str]:
+        absent = tuple(p for p in self.optional_prefixes if not any(name.startswith(p) for name in other_side))
+        return [name for name in names if not name.startswith(absent)]
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")

@@ -1,0 +1,295 @@
+"""PSPNet: the pyramid scene parsing network (Zhao et al., CVPR 2017)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checks import check_bins, check_features
+from ..nn.ppm import PPM
+from .checkpoint import Loadable, bare_state_dict, read_checkpoint
+from .resnet import Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
+
+Pretrained = str | os.PathLike[str] | Mapping[str, Any] | None
+
+
+class TrainingOutput(NamedTuple):
+    """What training with targets returns. The auxiliary loss is not weighted; without an auxiliary head it is 0."""
+
+    prediction: torch.Tensor
+    main_loss: torch.Tensor
+    aux_loss: torch.Tensor
+
+
+class TrainingLogits(NamedTuple):
+    """What training without targets returns."""
+
+    logits: torch.Tensor
+    aux_logits: torch.Tensor | None
+
+
+class PSPNet(Loadable):
+    """A backbone, the pyramid pooling module, and a 3x3 + 1x1 classifier; an auxiliary classifier in training.
+
+    After semseg's PSPNet (hszhao/semseg, model/pspnet.py): the positional arguments are its arguments, and with the
+    default keywords the state_dict has its keys, `layer0` to `layer4`, `ppm`, `cls`, `aux`. Its checkpoints load with
+    `strict=True` as they are, with "module." before every name and inside {"state_dict": ...}; one that does not fit
+    raises one error with all the keys, and changes nothing. `aux.*` may be absent from a checkpoint, and is ignored by
+    a network without an auxiliary head.
+
+    In training, `aux` reads the third stage. Its loss is returned unweighted, as semseg does: the trainer adds
+    0.4 times it (section 4 of the paper). In evaluation it is not computed.
+
+    Logits, targets and losses live at one size: (H - 1) * zoom_factor // 8 + 1 by the same of W, the size of the input
+    for zoom_factor 8, whatever the output stride. Targets of the input's size are brought there by taking the nearest
+    label, never a mixture of two.
+
+    The backbone's convolutions start as kaiming-normal (see `ResNet`); the rest as PyTorch makes it, as in semseg.
+
+    Args:
+        layers: depth of the ResNet: 18, 34, 50, 101, 152 or 269.
+        bins: cells per axis of each level of the pyramid. Each level gets C // len(bins) of the backbone's C channels.
+        dropout: probability that a channel is dropped before either classifier.
+        classes: number of classes K.
+        zoom_factor: 1, 2, 4 or 8, the size of the logits in eighths of the input.
+        use_ppm: without it, the classifier reads the backbone.
+        criterion: (logits (N, K, h, w), targets (N, h, w)) to a loss; None is cross entropy that ignores label 255.
+        pretrained: None (or False) to start at random, or the path of a checkpoint, read with `weights_only=True`, or a
+            state_dict: of this network, or of the ResNet alone with ImageNet's names (`conv1`, `layer1`, ..., `fc`). Or
+            "torchvision": the ImageNet weights of the installed torchvision, which then downloads them if it must; for
+            stem="plain" with the other choices as torchvision's ("halved" is its dilation, "full" loads too). Nothing
+            else is ever downloaded.
+        stem, output_stride, dilation, stride_in, conv_bias, share_stage3: see `ResNet`.
+        norm_layer: makes a norm from its channel count, everywhere in the network.
+        align_corners: of every upsampling, in the pyramid and of the logits.
+        aux: whether there is an auxiliary head.
+        backbone: any module instead of the ResNet: from (N, C, H, W) to a sequence of feature maps, of which the last
+            two are taken. `layers` and the ResNet's choices then mean nothing and must be left alone. Its keys are
+            under `backbone`.
+        channels: the channel counts of those two feature maps; needed with `backbone`, and only then.
+
+    Shapes:
+        x (N, 3, H, W), of any H and W, and targets (N, H, W) of integers
+        - in evaluation to logits (N, K, h, w); targets are not read,
+        - in training to `TrainingLogits` (logits, aux_logits), both (N, K, h, w),
+        - in training with targets to `TrainingOutput` (prediction (N, h, w), main_loss, aux_loss).
+
+    Raises:
+        ValueError: an argument outside its choices, an x or targets of another shape; CheckpointError is one too.
+        TypeError: an x that is not floating point, targets that are not integers, pretrained=True.
+        OSError: no file at `pretrained`.
+        ImportError: "torchvision" is not installed.
+
+    Example:
+        >>> net = PSPNet(layers=50, classes=150).eval()
+        >>> net(torch.rand(1, 3, 65, 97)).shape
+        torch.Size([1, 150, 65, 97])
+    """
+
+    optional_prefixes = ("aux.", "criterion.")
+
+    def __init__(
+        self,
+        layers: int = 50,
+        bins: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+        classes: int = 2,
+        zoom_factor: int = 8,
+        use_ppm: bool = True,
+        criterion: nn.Module | None = None,
+        pretrained: Pretrained = None,
+        *,
+        stem: Stem = "deep",
+        output_stride: int = 8,
+        dilation: Dilation = "full",
+        stride_in: StrideIn = "conv2",
+        conv_bias: bool = False,
+        share_stage3: bool = False,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        align_corners: bool = True,
+        aux: bool = True,
+        backbone: nn.Module | None = None,
+        channels: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if classes < 1:
+            raise ValueError(f"PSPNet: classes must be at least 1, got {classes}")
+        if zoom_factor not in (1, 2, 4, 8):
+            raise ValueError(f"PSPNet: zoom_factor must be 1, 2, 4 or 8, got {zoom_factor!r}")
+        self.zoom_factor = zoom_factor
+        self.use_ppm = use_ppm
+        self.align_corners = align_corners
+        self.criterion = nn.CrossEntropyLoss(ignore_index=255) if criterion is None else criterion
+        self.backbone = backbone
+        choices: Choices = {
+            "stem": stem,
+            "output_stride": output_stride,
+            "dilation": dilation,
+            "stride_in": stride_in,
+            "conv_bias": conv_bias,
+            "share_stage3": share_stage3,
+        }
+        _check_backbone(backbone, channels, {"layers": layers, **choices})
+
+        weights = _pretrained_weights(pretrained, layers, choices)
+        of_resnet = weights is not None and backbone is None and "conv1.weight" in weights
+        if backbone is None:
+            resnet = ResNet(layers, norm_layer=norm_layer, **choices)
+            if weights is not None and of_resnet:
+                resnet.load_state_dict(weights)
+            self.layer0 = nn.Sequential(*resnet.stem())
+            self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+            self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+            channels = resnet.channels
+        self.channels = cast("tuple[int, int]", channels)
+        third, fourth = self.channels
+
+        in_channels = fourth
+        if use_ppm:
+            bins = check_bins("PSPNet", bins)
+            if len(bins) > fourth:
+                raise ValueError(f"PSPNet: there must be at most as many bins as channels = {fourth}, got {bins}")
+            reduced = fourth // len(bins)
+            self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners)
+            in_channels += len(bins) * reduced
+        self.cls = _classifier(in_channels, fourth // 4, classes, dropout, norm_layer)
+        self.aux = _classifier(third, third // 4, classes, dropout, norm_layer) if aux else None
+        if weights is not None and not of_resnet:
+            self.load_state_dict(weights)
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's last two feature maps."""
+        if self.backbone is not None:
+            check_features("PSPNet", x)
+            return self._features_of(self.backbone(x))
+        check_image("PSPNet", x, self.layer0[0])
+        third: torch.Tensor = self.layer3(self.layer2(self.layer1(self.layer0(x))))
+        return third, self.layer4(third)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor | TrainingLogits | TrainingOutput:
+        third, fourth = self.features(x)
+        height, width = ((size - 1) * self.zoom_factor // 8 + 1 for size in x.shape[2:])
+        targets = self._targets(x, y, (height, width)) if self.training and y is not None else None
+
+        logits = self._resize(self.cls(self.ppm(fourth) if self.use_ppm else fourth), (height, width))
+        if not self.training:
+            return logits
+        aux_logits = None if self.aux is None else self._resize(self.aux(third), (height, width))
+        if targets is None:
+            return TrainingLogits(logits, aux_logits)
+        main_loss = self.criterion(logits, targets)
+        aux_loss = main_loss.new_zeros(()) if aux_logits is None else self.criterion(aux_logits, targets)
+        return TrainingOutput(logits.argmax(1), main_loss, aux_loss)
+
+    def _features_of(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(maps, (list, tuple)) or len(maps) < 2:
+            raise TypeError(f"PSPNet: backbone must return its last two feature maps, got {type(maps).__name__}")
+        third, fourth = maps[-2:]
+        for features, channels in zip((third, fourth), self.channels, strict=True):
+            if features.dim() != 4 or features.shape[1] != channels:
+                raise ValueError(
+                    f"PSPNet: backbone must return feature maps of channels = {self.channels} (N, C, H, W), "
+                    f"got {tuple(third.shape)} and {tuple(fourth.shape)}"
+                )
+        return third, fourth
+
+    def _resize(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if logits.shape[2:] == size:
+            return logits
+        return F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
+
+    def _targets(self, x: torch.Tensor, y: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """`y` as int64 at `size`: each pixel takes the label nearest to where the logits of that pixel lie."""
+        if y.is_floating_point() or y.is_complex():
+            raise TypeError(f"PSPNet: targets must be integers, got {y.dtype}")
+        given = tuple(y.shape[1:])
+        if y.dim() != 3 or len(y) != len(x) or given not in (tuple(x.shape[2:]), size):
+            raise ValueError(
+                f"PSPNet: targets must be (N, H, W) of x {tuple(x.shape)} or of its logits' size {size}, "
+                f"got {tuple(y.shape)}"
+            )
+        if given != size:
+            rows, columns = (
+                _nearest(length, count, self.align_corners, y.device) for length, count in zip(given, size, strict=True)
+            )
+            y = y[:, rows[:, None], columns]
+        return y.long()
+
+
+def _nearest(length: int, count: int, align_corners: bool, device: torch.device) -> torch.Tensor:
+    """For `count` samples spread over `length` pixels as bilinear resizing spreads them, the nearest pixel of each."""
+    i = torch.arange(count, device=device)
+    if align_corners:
+        return (2 * i * (length - 1) + count - 1) // max(2 * (count - 1), 1)
+    return (2 * i + 1) * length // (2 * count)
+
+
+def _classifier(in_channels: int, width: int, classes: int, dropout: float, norm_layer: NormLayer) -> nn.Sequential:
+    width = max(width, 1)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
+        norm_layer(width),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(p=dropout),
+        nn.Conv2d(width, classes, kernel_size=1),
+    )
+
+
+def _check_backbone(
+    backbone: nn.Module | None, channels: tuple[int, int] | None, choices: Mapping[str, object]
+) -> None:
+    if backbone is None:
+        if channels is not None:
+            raise ValueError(f"PSPNet: channels are those of a backbone, and none is given, got {channels!r}")
+        return
+    if channels is None or len(channels) != 2 or min(channels) < 1:
+        raise ValueError(
+            f"PSPNet: channels must be the two channel counts of backbone's feature maps, got {channels!r}"
+        )
+    defaults = inspect.signature(PSPNet).parameters
+    for name, value in choices.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"PSPNet: {name} is a choice of the ResNet and must be left alone with backbone, got {value!r}"
+            )
+
+
+def _pretrained_weights(
+    pretrained: Pretrained | bool, layers: int, choices: Mapping[str, object]
+) -> Mapping[str, torch.Tensor] | None:
+    if pretrained is None or pretrained is False:
+        return None
+    if isinstance(pretrained, Mapping):
+        return bare_state_dict(pretrained)
+    if pretrained == "torchvision":
+        return _torchvision_weights(layers, choices)
+    if isinstance(pretrained, (str, os.PathLike)):
+        return bare_state_dict(read_checkpoint(pretrained))
+    raise TypeError(
+        "PSPNet: pretrained must be the path of a checkpoint, a state_dict or 'torchvision' (nothing is downloaded), "
+        f"got {pretrained!r}"
+    )
+
+
+def _torchvision_weights(layers: int, choices: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
+    if layers == 269 or choices["stem"] != "plain" or choices["stride_in"] != "conv2":
+        raise ValueError(
+            "PSPNet: pretrained='torchvision' needs stem='plain', stride_in='conv2' and layers other than 269, "
+            f"got {choices['stem']!r}, {choices['stride_in']!r} and {layers}"
+        )
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise ImportError(
+            "PSPNet: pretrained='torchvision' needs torchvision: pip install torchvision (the one made for this "
+            "torch), or give the path of a checkpoint"
+        ) from error
+    weights: Mapping[str, torch.Tensor] = models.get_model(f"resnet{layers}", weights="DEFAULT").state_dict()
+    return weights

@@ -1,0 +1,7 @@
+"""The modules: parameters and state_dict keys of the models people know, computed by `pspnet_fast.functional`."""
+
+from __future__ import annotations
+
+from .ppm import PPM
+
+__all__ = ["PPM"]

@@ -1,0 +1,1 @@
+"""One file an op: the maths in its docstring, the public function, schema, fake and autograd."""

@@ -1,0 +1,323 @@
+"""pyramid_norm: the batch norm and ReLU of every level, in one call and with one collective.
+
+    out[n, s, r] = act((y[n, s, r] - mean[k, r]) * invstd[k, r] * weight[k, r] + bias[k, r])     k = level of cell s
+    g = dy * act';  dbias = sum g;  dweight = sum g yhat        sums over n and the cells of level k, yhat = (y - mean) invstd
+    dy = weight invstd (g - dbias / count - yhat dweight / count)     training;  without the two means at evaluation
+
+mean and invstd = 1 / sqrt(var + eps) are those of the level's count = N*b*b values in training (var without Bessel's
+correction), the running ones at evaluation (Ioffe & Szegedy, ICML 2015, algorithms 1 and 2). With a process group the
+statistics of all levels are gathered in one collective forward and their two sums reduced in one backward.
+Saved for backward: y, out, the statistics.    Must move: N*S*R read twice and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..backends import run
+from ..checks import check_bins, check_pyramid, check_same_device, check_shape
+from ..geometry import accumulation_dtype
+from ._define import LIBRARY, define
+
+
+def pyramid_norm(
+    y: torch.Tensor,
+    bins: Sequence[int],
+    running_mean: Sequence[torch.Tensor] | None = None,
+    running_var: Sequence[torch.Tensor] | None = None,
+    weight: Sequence[torch.Tensor] | None = None,
+    bias: Sequence[torch.Tensor] | None = None,
+    training: bool = False,
+    momentum: float | Sequence[float] = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Normalise every level by its own batch norm, then ReLU.
+
+    Equals, for level k, `relu(batch_norm(level_k, running_mean[k], running_var[k], weight[k], bias[k], ...))` of
+    `torch.nn.functional`, and with a process group what `torch.nn.SyncBatchNorm` computes.
+
+    Args:
+        y: packed cells (N, S, R), as from `pyramid_project(..., relu=False)`.
+        bins: cells per axis of each level, B of them.
+        running_mean: B tensors (R,), updated in place in training; None where nothing is tracked.
+        running_var: B tensors (R,), likewise, of the variance with Bessel's correction.
+        weight: B tensors (R,), or None for 1.
+        bias: B tensors (R,), or None for 0.
+        training: normalise by the batch's statistics (True) or the running ones (False).
+        momentum: the new value's share in the running statistics, one for all levels or one each.
+        eps: added to the variance.
+        relu: whether to end in a ReLU.
+        process_group: in training, the processes whose batches count as one.
+
+    Returns:
+        (N, S, R), in y's dtype.
+
+    Raises:
+        ValueError: a shape that does not fit, running statistics missing at evaluation, or a level with one value per
+            channel in training.
+        TypeError: y is not a floating-point tensor.
+    """
+    op = "pyramid_norm"
+    bins = check_bins(op, bins)
+    check_pyramid(op, "y", y, bins)
+    reduced = (y.shape[2],)
+    for name, tensors in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensors is None:
+            continue
+        if len(tensors) != len(bins):
+            raise ValueError(f"{op}: {name} must hold one tensor for each of the {len(bins)} bins, got {len(tensors)}")
+        for k, tensor in enumerate(tensors):
+            check_shape(op, f"{name}[{k}]", tensor, reduced, "(R,)")
+            check_same_device(op, "y", y, f"{name}[{k}]", tensor)
+    momenta = [momentum] * len(bins) if isinstance(momentum, (int, float)) else list(momentum)
+    if len(momenta) != len(bins):
+        raise ValueError(f"{op}: momentum must be one number or one for each of the {len(bins)} bins, got {momenta}")
+
+    dtype = accumulation_dtype(y.dtype)
+    shape = (len(bins), *reduced)
+    scale = y.new_ones(shape, dtype=dtype) if weight is None else torch.stack(list(weight)).to(dtype)
+    shift = y.new_zeros(shape, dtype=dtype) if bias is None else torch.stack(list(bias)).to(dtype)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{op}: evaluation needs running_mean and running_var, got None")
+        mean, var = torch.stack(list(running_mean)).to(dtype), torch.stack(list(running_var)).to(dtype)
+        normalised: torch.Tensor = _op(y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu)
+        return normalised
+
+    if process_group is not None and dist.get_world_size(process_group) == 1:
+        process_group = None
+    if process_group is None and y.shape[0] * min(bins) ** 2 == 1:
+        raise ValueError(
+            f"{op}: training needs more than one value per channel, but a batch of 1 gives bin 1 just one: "
+            "use a batch of 2 or more, put the norms in evaluation mode, or leave the bin out"
+        )
+    mean, var, batch = _statistics(y, bins, process_group)
+    trained: torch.Tensor = _TrainingNorm.apply(
+        y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu, batch, process_group
+    )
+    if running_mean is not None and running_var is not None and not (process_group is None and y.shape[0] == 0):
+        _update_running(running_mean, running_var, mean, var, [batch * b * b for b in bins], momenta)
+    return trained
+
+
+@torch.no_grad()
+def _statistics(
+    y: torch.Tensor, bins: Sequence[int], process_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    """Mean and variance (B, R) of each level, and the batch size they were taken over, all processes together."""
+    if y.shape[0] == 0:
+        mean, var = y.new_zeros(2, len(bins), y.shape[2], dtype=accumulation_dtype(y.dtype))
+    else:
+        mean, var = _statistics_op(y, bins)
+    if process_group is None:
+        return mean, var, y.shape[0]
+    mine = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([y.shape[0]])])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, mine, process_group)
+    everyone = torch.stack(gathered)
+    batches = everyone[:, -1]
+    batch = batches.sum()
+    share = (batches / batch)[:, None, None]
+    means, variances = everyone[:, :-1].unflatten(1, (2, len(bins), y.shape[2])).unbind(1)
+    mean = (share * means).sum(0)
+    # The variance of the union: the mean of the variances, plus the variance of the means.
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0), batch
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Sequence[torch.Tensor],
+    running_var: Sequence[torch.Tensor],
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    counts: Sequence[int | torch.Tensor],
+    momenta: Sequence[float],
+) -> None:
+    for k, (count, momentum) in enumerate(zip(counts, momenta, strict=True)):
+        unbiased = var[k] * (count / (count - 1))
+        running_mean[k].mul_(1 - momentum).add_(mean[k].to(running_mean[k].dtype), alpha=momentum)
+        running_var[k].mul_(1 - momentum).add_(unbiased.to(running_var[k].dtype), alpha=momentum)
+
+
+def _statistics_run(y: torch.Tensor, bins: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    pair: tuple[torch.Tensor, torch.Tensor] = run("pyramid_norm", "statistics", y.contiguous(), bins)
+    return pair
+
+
+def _statistics_fake(y: torch.Tensor, bins: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, dtype = (len(bins), y.shape[2]), accumulation_dtype(y.dtype)
+    return y.new_empty(shape, dtype=dtype), y.new_empty(shape, dtype=dtype)
+
+
+def _forward(
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    bins: Sequence[int],
+    relu: bool,
+) -> torch.Tensor:
+    mean, invstd, weight, bias = (tensor.contiguous() for tensor in (mean, invstd, weight, bias))
+    out: torch.Tensor = run("pyramid_norm", "forward", y.contiguous(), bins, mean, invstd, weight, bias, relu)
+    return out
+
+
+def _forward_fake(
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    bins: Sequence[int],
+    relu: bool,
+) -> torch.Tensor:
+    return y.new_empty(y.shape)
+
+
+def _sums(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    bins: Sequence[int],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, y, out = grad.contiguous(), y.contiguous(), out.contiguous()
+    pair: tuple[torch.Tensor, torch.Tensor] = run(
+        "pyramid_norm", "sums", grad, y, out, bins, mean.contiguous(), invstd.contiguous(), relu
+    )
+    return pair
+
+
+def _sums_fake(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    bins: Sequence[int],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+
+
+def _backward(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: torch.Tensor,
+    mean_grad: torch.Tensor | None,
+    mean_grad_normal: torch.Tensor | None,
+    bins: Sequence[int],
+    relu: bool,
+) -> torch.Tensor:
+    grad, y, out = grad.contiguous(), y.contiguous(), out.contiguous()
+    mean, invstd, weight = mean.contiguous(), invstd.contiguous(), weight.contiguous()
+    means = (None if t is None else t.contiguous() for t in (mean_grad, mean_grad_normal))
+    dy: torch.Tensor = run("pyramid_norm", "backward", grad, y, out, bins, mean, invstd, weight, relu, *means)
+    return dy
+
+
+def _backward_fake(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: torch.Tensor,
+    mean_grad: torch.Tensor | None,
+    mean_grad_normal: torch.Tensor | None,
+    bins: Sequence[int],
+    relu: bool,
+) -> torch.Tensor:
+    return y.new_empty(y.shape)
+
+
+_statistics_op = define(
+    "pyramid_norm_statistics(Tensor y, int[] bins) -> (Tensor, Tensor)", _statistics_run, _statistics_fake
+)
+_op = define(
+    "pyramid_norm(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] bins, bool relu) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_sums_op = define(
+    "pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, int[] bins, bool relu)"
+    " -> (Tensor, Tensor)",
+    _sums,
+    _sums_fake,
+)
+_backward_op = define(
+    "pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor weight,"
+    " Tensor? mean_grad, Tensor? mean_grad_normal, int[] bins, bool relu) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    y, mean, invstd, weight, _, ctx.bins, ctx.relu = inputs
+    ctx.save_for_backward(y, output, mean, invstd, weight)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """With the statistics given: they are constants, and their gradients are not offered."""
+    y, out, mean, invstd, weight = ctx.saved_tensors
+    d_bias, d_weight = _sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
+    dy = _backward_op(grad, y, out, mean, invstd, weight, None, None, ctx.bins, ctx.relu)
+    return dy, None, None, d_weight, d_bias, None, None
+
+
+torch.library.register_autograd("pspnet_fast::pyramid_norm", _gradient, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _TrainingNorm(torch.autograd.Function):
+    """With the statistics of y itself: their part of y's gradient is in the backward's two means."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        bins: tuple[int, ...],
+        relu: bool,
+        batch: int | torch.Tensor,
+        process_group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = _op(y, mean, invstd, weight, bias, bins, relu)
+        _setup_context(ctx, (y, mean, invstd, weight, bias, bins, relu), out)
+        ctx.batch, ctx.process_group = batch, process_group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        y, out, mean, invstd, weight = ctx.saved_tensors
+        d_bias, d_weight = _sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
+        sums = torch.stack([d_bias, d_weight])
+        if ctx.process_group is not None:
+            dist.all_reduce(sums, group=ctx.process_group)
+        counts = [ctx.batch * b * b for b in ctx.bins]
+        mean_grad, mean_grad_normal = torch.stack([sums[:, k] / count for k, count in enumerate(counts)], 1)
+        dy = _backward_op(
+            grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu
+        )
+        return dy, None, None, d_weight, d_bias, None, None, None, None

@@ -1,0 +1,135 @@
+"""pyramid_pool: every adaptive average pooling of a pyramid, in one read of the input.
+
+    y[n, s, c] = mean of x[n, c, bin_start(i):bin_end(i), bin_start(j):bin_end(j)]     s = cell (i, j) of its level
+    dx[n, c, h, w] = sum over the cells s that contain (h, w) of  dy[n, s, c] / area(s)    a gather: no atomics
+
+Saved for backward: only the size of x and its memory format.    Must move: N*C*H*W read, N*S*C written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+
+from ..backends import run
+from ..checks import check_bins, check_features
+from ..geometry import cell_count, dense, is_channels_last, memory_format
+from ._define import LIBRARY, define
+
+
+@overload
+def pyramid_pool(
+    x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[False] = ...
+) -> torch.Tensor: ...
+@overload
+def pyramid_pool(
+    x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def pyramid_pool(
+    x: torch.Tensor, bins: Sequence[int] = (1, 2, 3, 6), *, return_input: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Pool a feature map to every level of a pyramid (Zhao et al., CVPR 2017, section 3.2).
+
+    Equals `adaptive_avg_pool2d(x, b)` for every b in `bins`, packed. Sums are held in float32 (float64 for float64).
+
+    Args:
+        x: features (N, C, H, W), float64, float32, bfloat16 or float16; NCHW and channels_last are read as they are.
+        bins: cells per axis of each level.
+        return_input: also return x itself. Use that x further on instead of the argument: its gradient is then added
+            in the same pass that spreads the pyramid's, instead of in one of its own.
+
+    Returns:
+        The packed pyramid (N, S, C), S = sum of b*b, levels in the order of `bins`, each row-major; with
+        `return_input`, the pair (pyramid, x).
+
+    Raises:
+        ValueError: x is not 4-D or has an empty axis other than N, or bins is empty or has a number below 1.
+        TypeError: x is not a floating-point tensor, or bins are not integers.
+    """
+    bins = check_bins("pyramid_pool", bins)
+    check_features("pyramid_pool", x)
+    if not return_input:
+        pyramid: torch.Tensor = _op(x, bins)
+        return pyramid
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _op(x, bins), x
+    pair: tuple[torch.Tensor, torch.Tensor] = _PoolAndPass.apply(x, bins)
+    return pair
+
+
+def _forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
+    y: torch.Tensor = run("pyramid_pool", "forward", dense(x), bins)
+    return y
+
+
+def _forward_fake(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
+    return x.new_empty(x.shape[0], cell_count(bins), x.shape[1])
+
+
+def _backward(
+    grad: torch.Tensor, grad_input: torch.Tensor | None, size: Sequence[int], bins: Sequence[int], channels_last: bool
+) -> torch.Tensor:
+    if grad_input is not None and not _is_slice(grad_input, channels_last):
+        grad_input = grad_input.contiguous(memory_format=memory_format(channels_last))
+    dx: torch.Tensor = run("pyramid_pool", "backward", grad.contiguous(), grad_input, size, bins, channels_last)
+    return dx
+
+
+def _backward_fake(
+    grad: torch.Tensor, grad_input: torch.Tensor | None, size: Sequence[int], bins: Sequence[int], channels_last: bool
+) -> torch.Tensor:
+    shape = (grad.shape[0], grad.shape[2], size[0], size[1])
+    return torch.empty(
+        shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(channels_last)
+    )
+
+
+def _is_slice(tensor: torch.Tensor, channels_last: bool) -> bool:
+    """Whether a tensor is some channels of a dense one in this memory format: what the kernels read as it is."""
+    _, _, height, width = tensor.shape
+    stride = tensor.stride()
+    if channels_last:
+        pixel = stride[3]
+        return stride[1] == 1 and stride[2] == width * pixel and stride[0] == height * width * pixel
+    return stride[1:] == (height * width, width, 1)
+
+
+_op = define("pyramid_pool(Tensor x, int[] bins) -> Tensor", _forward, _forward_fake)
+_backward_op = define(
+    "pyramid_pool_backward(Tensor grad, Tensor? grad_input, SymInt[] size, int[] bins, bool channels_last) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, Sequence[int]], output: Any) -> None:
+    x, ctx.bins = inputs
+    ctx.size, ctx.channels_last = x.shape[2:], is_channels_last(x)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _backward_op(grad, None, ctx.size, ctx.bins, ctx.channels_last), None
+
+
+torch.library.register_autograd("pspnet_fast::pyramid_pool", _gradient, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _PoolAndPass(torch.autograd.Function):
+    """x -> (pyramid, x): one node, so that both gradients of x meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bins: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        _setup_context(ctx, (x, bins), None)
+        ctx.set_materialize_grads(False)
+        return _op(x, bins), x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None]:
+        grad, grad_input = grads
+        if grad is None:
+            return grad_input, None
+        return _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last), None

@@ -1,0 +1,132 @@
+"""upsample_concat: upsample every level bilinearly and write it beside x, each output once.
+
+    out[n, block of x] = x[n]
+    out[n, block of level k + r, h, w] = sum over i, j of  U_h[h, i] U_w[w, j] p[n, cell (i, j) of level k, r]
+    dp[n, cell (i, j) of level k, r]   = sum over h, w of  U_h[h, i] U_w[w, j] dout[n, block of level k + r, h, w]
+
+U are the interpolation matrices: at most two non-zero weights a row (`geometry.bilinear_tap`). dx is dout's block of x, a
+view. Saved for backward: nothing but sizes.    Must move: |x| read, |out| written, and the pyramid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..backends import run
+from ..checks import (
+    check_bins,
+    check_features,
+    check_order,
+    check_pyramid,
+    check_same_device,
+    check_same_dtype,
+)
+from ..geometry import cell_count, channel_blocks, dense, is_channels_last, memory_format
+from ._define import LIBRARY, define
+
+
+def upsample_concat(
+    x: torch.Tensor,
+    pyramid: torch.Tensor,
+    bins: Sequence[int] = (1, 2, 3, 6),
+    align_corners: bool = True,
+    order: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Upsample every level to the size of x and concatenate with x (Zhao et al., CVPR 2017, section 3.2).
+
+    Equals `cat([x, interpolate(level_0, (H, W), mode="bilinear", align_corners), ...], 1)`. The gradient of the pyramid is
+    summed in float32 whatever the dtype, in a fixed order.
+
+    Args:
+        x: features (N, C, H, W); NCHW and channels_last are read as they are, and the result is in x's memory format.
+        pyramid: packed cells (N, S, R).
+        bins: cells per axis of each level.
+        align_corners: as in `torch.nn.functional.interpolate`.
+        order: the channel blocks of the result: -1 is x, k is level k. Default (-1, 0, 1, ...). x may stand anywhere or be
+            left out; every level stands once.
+
+    Returns:
+        (N, C + B*R, H, W), or (N, B*R, H, W) where `order` leaves x out.
+
+    Raises:
+        ValueError: a rank, size or batch that does not fit, an order that is none, or tensors on two devices.
+        TypeError: not floating point, or two dtypes (under autocast the wider one is taken).
+    """
+    op = "upsample_concat"
+    bins = check_bins(op, bins)
+    blocks = check_order(op, order, len(bins))
+    check_features(op, x)
+    check_pyramid(op, "pyramid", pyramid, bins)
+    if pyramid.shape[0] != x.shape[0]:
+        raise ValueError(f"{op}: x and pyramid must have one batch size, got {x.shape[0]} and {pyramid.shape[0]}")
+    check_same_device(op, "x", x, "pyramid", pyramid)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(x.dtype, pyramid.dtype)
+        x, pyramid = x.to(dtype), pyramid.to(dtype)
+    check_same_dtype(op, "x", x, "pyramid", pyramid)
+    out: torch.Tensor = _op(x, pyramid, bins, blocks, align_corners)
+    return out
+
+
+def _forward(
+    x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> torch.Tensor:
+    out: torch.Tensor = run("upsample_concat", "forward", dense(x), pyramid.contiguous(), bins, order, align_corners)
+    return out
+
+
+def _forward_fake(
+    x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> torch.Tensor:
+    n, channels, height, width = x.shape
+    total = len(bins) * pyramid.shape[2] + (channels if -1 in order else 0)
+    return torch.empty(
+        (n, total, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=memory_format(is_channels_last(x)),
+    )
+
+
+def _backward(
+    grad: torch.Tensor, channels: int, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> torch.Tensor:
+    d_pyramid: torch.Tensor = run("upsample_concat", "backward", dense(grad), channels, bins, order, align_corners)
+    return d_pyramid
+
+
+def _backward_fake(
+    grad: torch.Tensor, channels: int, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> torch.Tensor:
+    reduced = (grad.shape[1] - (channels if -1 in order else 0)) // len(bins)
+    return grad.new_empty(grad.shape[0], cell_count(bins), reduced)
+
+
+_op = define(
+    "upsample_concat(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, pyramid, ctx.bins, ctx.order, ctx.align_corners = inputs
+    ctx.channels = x.shape[1]
+    ctx.x_start = channel_blocks(ctx.order, ctx.channels, pyramid.shape[2]).get(-1)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    dx = None if ctx.x_start is None else grad.narrow(1, ctx.x_start, ctx.channels)
+    d_pyramid = _backward_op(grad, ctx.channels, ctx.bins, ctx.order, ctx.align_corners)
+    return dx, d_pyramid, None, None, None
+
+
+torch.library.register_autograd("pspnet_fast::upsample_concat", _gradient, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,231 @@
+"""What tests and benchmarks share: the ops in plain PyTorch, which backends can run here, and the accuracy rule.
+
+The rule: error against float64 at most twice the error that plain PyTorch makes in the same dtype, plus one rounding step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .backends import BACKENDS, Refusal, directions, find, interpreted, refusal, use_backend
+from .geometry import levels
+
+
+def plain_pyramid_pool(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
+    return torch.cat([F.adaptive_avg_pool2d(x, b).flatten(2) for b in bins], 2).transpose(1, 2)
+
+
+def plain_pyramid_project(
+    pyramid: torch.Tensor,
+    *weight: torch.Tensor,
+    bins: Sequence[int],
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    relu: bool = True,
+) -> torch.Tensor:
+    """scale and shift (B, R) stand where a batch norm at evaluation would."""
+    projected = []
+    for k, level in enumerate(levels(pyramid, bins)):
+        y = F.conv2d(level.transpose(1, 2)[..., None], weight[k][:, :, None, None])[..., 0].transpose(1, 2)
+        y = y if scale is None else y * scale[k].to(y.dtype)
+        y = y if shift is None else y + shift[k].to(y.dtype)
+        projected.append(F.relu(y) if relu else y)
+    return torch.cat(projected, 1)
+
+
+def plain_pyramid_norm(
+    y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, bins: Sequence[int], relu: bool = True
+) -> torch.Tensor:
+    """In training; weight and bias (B, R)."""
+    normalised = []
+    for k, level in enumerate(levels(y, bins)):
+        out = F.batch_norm(level.transpose(1, 2), None, None, weight[k], bias[k], training=True).transpose(1, 2)
+        normalised.append(F.relu(out) if relu else out)
+    return torch.cat(normalised, 1)
+
+
+def plain_upsample_concat(
+    x: torch.Tensor,
+    pyramid: torch.Tensor,
+    bins: Sequence[int],
+    align_corners: bool = True,
+    order: Sequence[int] | None = None,
+) -> torch.Tensor:
+    maps = {-1: x}
+    for k, (b, level) in enumerate(zip(bins, levels(pyramid, bins), strict=True)):
+        grid = level.transpose(1, 2).unflatten(2, (b, b))
+        maps[k] = F.interpolate(grid, x.shape[2:], mode="bilinear", align_corners=align_corners)
+    return torch.cat([maps[block] for block in order or range(-1, len(bins))], 1)
+
+
+class PlainPPM(nn.Module):
+    """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        reduction_dim: int,
+        bins: Sequence[int] = (1, 2, 3, 6),
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        align_corners: bool = True,
+    ) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        self.features = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(b),
+                nn.Conv2d(in_dim, reduction_dim, 1, bias=False),
+                norm_layer(reduction_dim),
+                nn.ReLU(inplace=True),
+            )
+            for b in bins
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = [x]
+        for level in self.features:
+            maps.append(F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=self.align_corners))
+        return torch.cat(maps, 1)
+
+
+def device(backend: str) -> str:
+    """The device a backend is tested on: cuda for cuda and triton, unless Triton is interpreted."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted()) else "cpu"
+
+
+def unavailable(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend cannot run an op on this machine, for tensors of a dtype; None if it can."""
+    for direction in directions(op):
+        found = find(op, direction, backend)
+        if isinstance(found, Refusal):
+            return found
+    if device(backend) == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return refusal(op, backend, torch.empty(0, dtype=dtype, device=device(backend)))
+
+
+def backends(*ops: str) -> list[Any]:
+    """All backends as pytest parameters; one that cannot run all these ops here is skipped with its sentence."""
+    import pytest
+
+    parameters = []
+    for backend in BACKENDS:
+        reason = next(filter(None, (unavailable(op, backend) for op in ops)), None)
+        marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
+        parameters.append(pytest.param(backend, marks=marks))
+    return parameters
+
+
+def backends_and(cases: Sequence[Any], op: str, interpret: int) -> list[Any]:
+    """Every backend with every case, as pytest parameters; interpreted Triton, a thousand times slower, with the first few.
+
+    Args:
+        cases: whatever the test takes as its second argument.
+        op: the op under test.
+        interpret: how many of the cases Triton's interpreter runs; on a GPU, Triton runs all of them.
+    """
+    import pytest
+
+    return [
+        pytest.param(*backend.values, case, marks=backend.marks, id=f"{backend.values[0]}-{case}")
+        for backend in backends(op)
+        for case in cases[: interpret if backend.values[0] == "triton" and interpreted() else None]
+    ]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element nobody writes is found."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def evaluate(
+    function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], cotangent: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """The function's value and, given a cotangent, its gradient with respect to every tensor."""
+    if cotangent is None:
+        with torch.no_grad():
+            return [function(*tensors)]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out))]
+
+
+def assert_within(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str = "result") -> None:
+    """The accuracy rule, element by element.
+
+    In float64, where plain PyTorch is the exact value itself, its error is taken to be 32 steps of the largest element.
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    eps = torch.finfo(ours.dtype).eps
+    exact = exact.detach().cpu().double()
+    plain_error = (plain.detach().cpu().double() - exact).abs().max()
+    if ours.dtype == torch.float64:
+        plain_error = 32 * eps * exact.abs().max()
+    error = (ours.detach().cpu().double() - exact).abs()
+    allowed = 2 * plain_error + eps * exact.abs()
+    wrong = ~(error <= allowed)  # NaN is wrong
+    if wrong.any():
+        worst = (error - allowed).nan_to_num(nan=torch.inf).argmax()
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are off; the worst, at flat index {int(worst)}, "
+            f"by {error.flatten()[worst]:.3g} where {allowed.flatten()[worst]:.3g} is allowed "
+            f"(plain PyTorch is off by at most {plain_error:.3g})"
+        )
+
+
+def assert_as_accurate(
+    ours: Callable[..., torch.Tensor],
+    plain: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    backend: str,
+    cotangent: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Hold a backend's value and gradients against plain PyTorch's, both against float64. Returns ours.
+
+    `ours` and `plain` take the tensors; the cotangent is a tensor like their result, None for no gradients.
+    """
+    exact = evaluate(plain, [t.double() for t in tensors], None if cotangent is None else cotangent.double())
+    same_dtype = evaluate(plain, tensors, cotangent)
+    there = [t.to(device(backend)) for t in tensors]
+    with use_backend(backend), poisoned_memory():
+        results = evaluate(ours, there, None if cotangent is None else cotangent.to(device(backend)))
+    names = ["value", *(f"gradient {i}" for i in range(len(tensors)))]
+    for name, mine, theirs, truth in zip(names, results, same_dtype, exact, strict=False):
+        assert_within(mine, theirs, truth, name)
+    return results
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Bytes that tensors take at most while `function` runs, beyond what they took before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return peak
