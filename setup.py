@@ -96,7 +96,13 @@ def extension() -> cpp_extension.CppExtension:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += cuda_sources
         options["define_macros"] += [("USE_CUDA", None), ("PSPNET_FAST_CUDA_ARCHITECTURES", f'"{architectures}"')]
-        options["extra_compile_args"]["nvcc"] = ["-O3", "--threads", "2", "-Xcompiler", f"-fvisibility=hidden,{hide_paths}"]
+        options["extra_compile_args"]["nvcc"] = [
+            "-O3",
+            "--threads",
+            "2",
+            "-Xcompiler",
+            f"-fvisibility=hidden,{hide_paths}",
+        ]
         options["library_dirs"] = [os.path.join(home, "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         # libtorch.so brings libtorch_cuda.so along in a CUDA torch, and only libtorch_cpu.so in a CPU torch.

@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build(kind: str, source: Path, out: Path) -> Path:
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", f"--{kind}", "--outdir", out, source],
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--skip-dependency-check",
+            f"--{kind}",
+            "--outdir",
+            out,
+            source,
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -4,9 +4,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from conftest import FORMATS
 from workloads import BINS, WORKLOADS
 
+from conftest import FORMATS
 from pspnet_fast import PPM, testing
 from pspnet_fast.backends import ops
 

@@ -1,9 +1,9 @@
 """pyramid_pool: every level in one read of x."""
 
 import torch
-from conftest import FORMATS
 from workloads import BINS, WORKLOADS
 
+from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import pyramid_pool
 

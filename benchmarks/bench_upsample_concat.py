@@ -1,9 +1,9 @@
 """upsample_concat: every level upsampled beside x, each output written once."""
 
 import torch
-from conftest import FORMATS
 from workloads import BINS, WORKLOADS
 
+from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import upsample_concat
 

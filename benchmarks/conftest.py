@@ -93,7 +93,8 @@ class Measure:
             work: what is measured, with its workload: the rows of one kind.
             provider: "eager", "compile" (of `compiled`, or of `plain`) or one of our backends.
             memory_format: a key of FORMATS; `tensors` are in it already.
-            ours: our function of the tensors; plain: PyTorch's, the baseline.
+            ours: our function of the tensors.
+            plain: PyTorch's, the baseline.
             tensors: arguments, on the device; with `backward`, what gradients are taken of.
             ops: the ops of ours that run.
             moved: bytes that must move, for GB/s.
@@ -180,7 +181,9 @@ def machine(device: str) -> str:
         with open("/proc/cpuinfo") as info:
             models = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, pspnet_fast {pspnet_fast.__version__}, Python {platform.python_version()}"
+    return (
+        f"{name}; torch {torch.__version__}, pspnet_fast {pspnet_fast.__version__}, Python {platform.python_version()}"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -23,7 +23,9 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "ade20k_473": Workload(1, 2048, 60, 60, 512, "a 473 crop at output stride 8: ADE20K, PASCAL VOC; every bin divides"),
+    "ade20k_473": Workload(
+        1, 2048, 60, 60, 512, "a 473 crop at output stride 8: ADE20K, PASCAL VOC; every bin divides"
+    ),
     "ade20k_473_pair": Workload(2, 2048, 60, 60, 512, "the smallest batch that bin 1's batch norm can train on"),
     "ade20k_473_batch": Workload(16, 2048, 60, 60, 512, "the paper's batch, on a GPU"),
     "cityscapes_713": Workload(1, 2048, 90, 90, 512, "a 713 crop: Cityscapes; every bin divides"),

@@ -17,7 +17,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 def device_function(function: Callable[..., Any]) -> Any:
     """`triton.jit` for what kernels call. The interpreter would set up triton.language anew at each call, for 2 ms: there
-    a plain function does the same."""
+    a plain function does the same.
+    """
     return function if INTERPRETED.value else triton.jit(function)
 
 
@@ -104,5 +105,4 @@ def round_to(value, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         quiet = (bits >> 16) | 0x40
         return tl.where(value == value, rounded, quiet).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
+    return value.to(dtype)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import TRITON_NAMES, CompileCase, on_device, refuses
+from . import on_device, refuses
 from .geometry import device_function, round_to
 from .pyramid_project import level_bins, level_factors, level_rows
 

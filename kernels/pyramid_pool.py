@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import compile_case, on_device, refuses
+from . import on_device, refuses
 from .geometry import (
     bin_end,
     bin_start,
@@ -365,7 +365,16 @@ def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
             shifts = tuple(starts[k] - start for k, start in zip(levels, level_starts(group), strict=True))
             grid = (n * triton.cdiv(c, CELLS_TILE["BLOCK_C"]), cell_count(group))
             _pyramid_pool_forward_cells_kernel[grid](
-                sums, out, out.shape[1], c, *rows, *columns, BINS=group, SHIFTS=shifts, **CELLS_TILE, num_warps=CELLS_WARPS
+                sums,
+                out,
+                out.shape[1],
+                c,
+                *rows,
+                *columns,
+                BINS=group,
+                SHIFTS=shifts,
+                **CELLS_TILE,
+                num_warps=CELLS_WARPS,
             )
     return out
 
@@ -389,7 +398,11 @@ def pyramid_pool_backward(
     blocks = torch.empty((n, rows.segments, columns.segments, c), dtype=torch.float32, device=grad.device)
     top = out if grad_input is None else grad_input
     with on_device(grad):
-        grid = (n * triton.cdiv(c, BLOCKS_TILE["BLOCK_C"]), rows.segments, triton.cdiv(columns.segments, BLOCKS_TILE["BLOCK_B"]))
+        grid = (
+            n * triton.cdiv(c, BLOCKS_TILE["BLOCK_C"]),
+            rows.segments,
+            triton.cdiv(columns.segments, BLOCKS_TILE["BLOCK_B"]),
+        )
         _pyramid_pool_backward_blocks_kernel[grid](
             grad, blocks, c, _reach(height, bins), _reach(width, bins), *rows, *columns,
             BINS=bins, **BLOCKS_TILE, num_warps=BLOCKS_WARPS,

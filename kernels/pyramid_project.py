@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import TRITON_NAMES, CompileCase, on_device, refuses
+from . import on_device, refuses
 from .geometry import INTERPRETED, cell_count, device_function, level_of, level_starts, round_to
 
 

@@ -68,10 +68,7 @@ def _native(name: str, device_type: str) -> Callable[..., Any] | Refusal:
         return missing
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pspnet_fast_native::{name}", device_type.upper()):
         if device_type == "cuda":
-            return NotBuilt(
-                f"pspnet_fast._C holds no CUDA code for {name}: "
-                "rebuild it with PSPNET_FAST_CUDA=1 where nvcc is installed"
-            )
+            return NotBuilt(f"pspnet_fast._C was built without CUDA code for {name}")
         return NotBuilt(f"pspnet_fast._C holds no code for {name}: rebuild it from these sources")
     function: Callable[..., Any] = getattr(torch.ops.pspnet_fast_native, name).default
     return function
@@ -145,7 +142,7 @@ def choose(op: str, direction: str, *args: Any) -> tuple[str, Callable[..., Any]
         if _selected:
             raise found.error(f"{op}: {found}")
         _LOG.debug("%s_%s: not %s: %s", op, direction, backend, found)
-        if isinstance(found, NotBuilt) and backend == args[0].device.type:
+        if found is load_extension():
             _say_once(found)
     raise AssertionError("the reference takes every tensor")
 
@@ -155,28 +152,35 @@ def run(op: str, direction: str, *args: Any) -> Any:
     return choose(op, direction, *args)[1](*args)
 
 
-class use_backend(contextlib.AbstractContextManager[None]):  # noqa: N801  (used like a function)
-    """Run every op on one backend: `use_backend("triton")` from here on, or `with use_backend("reference"): ...`.
+class _Selection(contextlib.AbstractContextManager[None]):
+    """Ends where its `with` block ends; used as a call, it holds."""
 
-    The setting belongs to the process, not to a thread: autograd runs CUDA backward passes on threads of its own.
-    `None` goes back to the automatic choice. An unknown name raises ValueError; a backend that cannot run an op raises
-    where the op is called, with the reason.
-    """
-
-    def __init__(self, backend: str | None) -> None:
-        global _selected
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-        self._previous, _selected = _selected, backend
-
-    def __enter__(self) -> None:
-        return None
+    def __init__(self, previous: str | None) -> None:
+        self._previous = previous
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _selected
         _selected = self._previous
+
+
+def use_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """Choose the backend of every op: as a call from here on, in a `with` statement up to its end.
+
+    The setting belongs to the process, not to a thread: autograd runs CUDA backward passes on threads of its own.
+    `None` goes back to the automatic choice. A backend that cannot run an op raises where the op is called, with the
+    reason.
+
+    Raises:
+        ValueError: no backend of this name.
+    """
+    global _selected
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    selection = _Selection(_selected)
+    _selected = backend
+    return selection
 
 
 use_backend(os.environ.get("PSPNET_FAST_BACKEND") or None)

@@ -29,7 +29,7 @@ def plain_pyramid_project(
     shift: torch.Tensor | None = None,
     relu: bool = True,
 ) -> torch.Tensor:
-    """scale and shift (B, R) stand where a batch norm at evaluation would."""
+    """Scale and shift (B, R) stand where a batch norm at evaluation would."""
     projected = []
     for k, level in enumerate(levels(pyramid, bins)):
         y = F.conv2d(level.transpose(1, 2)[..., None], weight[k][:, :, None, None])[..., 0].transpose(1, 2)
@@ -142,14 +142,15 @@ def backends_and(cases: Sequence[Any], op: str, interpret: int) -> list[Any]:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN, so that an element nobody writes is found."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        memory.fill_uninitialized_memory = before[1]
 
 
 def evaluate(
@@ -222,7 +223,7 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]"]
     taken = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -15,7 +15,11 @@ from pspnet_fast.functional import pyramid_pool
 def run_python(code, **environment):
     """Run code in a fresh interpreter; what it printed, or its exit status and what it said."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout if done.returncode == 0 else (done.returncode, done.stderr)
 
@@ -108,7 +112,9 @@ def test_runs_with_neither_extension_nor_triton():
     out = run_python("ABSENT = {'pspnet_fast._C', 'triton'}\n" + WITHOUT)
     assert isinstance(out, str), out
     first, *lines = out.splitlines()
-    assert first.startswith("1 pspnet_fast runs slower than it could: the compiled extension pspnet_fast._C is not built")
+    assert first.startswith(
+        "1 pspnet_fast runs slower than it could: the compiled extension pspnet_fast._C is not built"
+    )
     assert "pip install" in first
     assert any(line.split()[:2] == ["reference", "runs"] for line in lines)
     assert any(line.startswith("  triton") and "not installed" in line for line in lines)
@@ -139,7 +145,7 @@ def test_importing_needs_neither_triton_nor_the_extension():
 def test_cpu_capability_is_checked():
     if missing := backends.load_extension():
         pytest.skip(missing)
-    code = "import torch; from pspnet_fast.functional import pyramid_pool; print(pyramid_pool(torch.ones(1, 1, 6, 6)).sum())"
+    code = "import torch, pspnet_fast; print(pspnet_fast.functional.pyramid_pool(torch.ones(1, 1, 6, 6)).sum())"
     assert "50" in run_python(code, PSPNET_FAST_CPU_CAPABILITY="scalar")
     status, said = run_python(code, PSPNET_FAST_CPU_CAPABILITY="mmx")
     assert status

@@ -1,4 +1,4 @@
-"""Triton's index arithmetic against Python's. A kernel's helpers must be globals of its file, hence a file of its own."""
+"""Triton's index arithmetic against Python's. What a kernel calls must be global in its file: hence this file."""
 
 import pytest
 import torch

@@ -7,31 +7,25 @@
 namespace pspnet_fast {
 namespace {
 
-// Rows of a plane that vectors reaching `reach` elements from the row's start can touch without leaving the plane.
-inline int64_t rows_within_plane(const PyramidPool& a, int64_t reach) {
-  const int64_t room = a.height * a.width - reach;
-  return room < 0 ? 0 : room / a.width + 1;
-}
-
 // Sums of rows [top, bottom), columns [column, column + kVectors vectors); what lies beyond the row's end is noise.
 template <int kVectors, class T>
 inline void sum_rows(const PyramidPool& a, const T* plane, int64_t top, int64_t bottom, int64_t column,
                      Accumulator<T>* sums) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t within = rows_within_plane(a, column + kVectors * lanes);
-  const int64_t whole = bottom < within ? bottom : within;
+  const int64_t room = a.height * a.width - column - kVectors * lanes;  // the last offset of a row read in whole vectors
   Vec<A> total[kVectors] = {};
-  int64_t h = top;
-  for (; h < whole; ++h) {
+  int64_t offset = top * a.width;
+  const int64_t end = bottom * a.width;
+  for (; offset < end && offset <= room; offset += a.width) {
     for (int v = 0; v < kVectors; ++v) {
-      total[v] += load(plane + h * a.width + column + v * lanes);
+      total[v] += load(plane + offset + column + v * lanes);
     }
   }
-  for (; h < bottom; ++h) {
+  for (; offset < end; offset += a.width) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = a.width - column - v * lanes;
-      total[v] += load(plane + h * a.width + column + v * lanes, left < lanes ? left : lanes);
+      total[v] += load(plane + offset + column + v * lanes, left < lanes ? left : lanes);
     }
   }
   for (int v = 0; v < kVectors; ++v) {
@@ -205,7 +199,7 @@ void backward_nchw(const PyramidPoolBackward& a, int64_t n, int64_t channel, int
     }
   }
 
-  const int64_t vectors = (a.width + lanes - 1) / lanes, within = rows_within_plane(a, vectors * lanes);
+  const int64_t vectors = (a.width + lanes - 1) / lanes, room = plane_size - vectors * lanes;
   for (int64_t first = 0; first < a.rows.segments; first += together) {
     const int64_t last = first + together < a.rows.segments ? first + together : a.rows.segments;
     for (int64_t r = first; r < last; ++r) {
@@ -236,7 +230,7 @@ void backward_nchw(const PyramidPoolBackward& a, int64_t n, int64_t channel, int
             store(out + h * a.width + w, input ? load(input + h * a.width + w, part) + share : share, part);
           };
           // Rows are written in order: what spills over a row's end is overwritten by the next row.
-          for_each_vector<T>(h < within ? vectors * lanes : a.width, add);
+          for_each_vector<T>(h * a.width <= room ? vectors * lanes : a.width, add);
         }
       }
     }

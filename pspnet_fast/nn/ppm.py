@@ -115,11 +115,11 @@ class PPM(nn.Module):
 
     def _by_kernels(self, pyramid: torch.Tensor) -> torch.Tensor:
         """(N, S, C) to (N, S, R) by pyramid_project and, in training, pyramid_norm."""
-        weights = [cast(nn.Sequential, level)[1].weight.flatten(1) for level in self.features]
+        weights = [cast(nn.Conv2d, cast(nn.Sequential, level)[1]).weight.flatten(1) for level in self.features]
         norms = [cast(_BatchNorm, cast(nn.Sequential, level)[2]) for level in self.features]
         first = norms[0]
-        scales = [norm.weight for norm in norms] if first.affine else None
-        shifts = [norm.bias for norm in norms] if first.affine else None
+        scales: list[torch.Tensor] | None = [norm.weight for norm in norms] if first.affine else None
+        shifts: list[torch.Tensor] | None = [norm.bias for norm in norms] if first.affine else None
         if first.training or first.running_mean is None:
             projected = pyramid_project(pyramid, weights, self.bins, relu=False)
             tracked = first.training and first.track_running_stats
@@ -169,6 +169,5 @@ def _count_batch(norm: _BatchNorm) -> float:
 
 def _process_group(norm: _BatchNorm) -> dist.ProcessGroup | None:
     if isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized():
-        group: dist.ProcessGroup = norm.process_group or dist.group.WORLD
-        return group
+        return cast("dist.ProcessGroup | None", norm.process_group or dist.group.WORLD)
     return None

@@ -24,3 +24,11 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pspnet_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.pspnet_fast, name).default
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast computes in on the tensor's device, or None where it is off or the device knows none."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None

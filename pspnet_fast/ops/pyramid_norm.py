@@ -13,7 +13,7 @@ Saved for backward: y, out, the statistics.    Must move: N*S*R read twice and w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ def pyramid_norm(
             "use a batch of 2 or more, put the norms in evaluation mode, or leave the bin out"
         )
     mean, var, batch = _statistics(y, bins, process_group)
-    trained: torch.Tensor = _TrainingNorm.apply(
+    trained: torch.Tensor = cast(Any, _TrainingNorm).apply(
         y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu, batch, process_group
     )
     if running_mean is not None and running_var is not None and not (process_group is None and y.shape[0] == 0):
@@ -317,7 +317,5 @@ class _TrainingNorm(torch.autograd.Function):
             dist.all_reduce(sums, group=ctx.process_group)
         counts = [ctx.batch * b * b for b in ctx.bins]
         mean_grad, mean_grad_normal = torch.stack([sums[:, k] / count for k, count in enumerate(counts)], 1)
-        dy = _backward_op(
-            grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu
-        )
+        dy = _backward_op(grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu)
         return dy, None, None, d_weight, d_bias, None, None, None, None

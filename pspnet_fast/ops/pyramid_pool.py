@@ -9,7 +9,7 @@ Saved for backward: only the size of x and its memory format.    Must move: N*C*
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 
@@ -20,9 +20,7 @@ from ._define import LIBRARY, define
 
 
 @overload
-def pyramid_pool(
-    x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[False] = ...
-) -> torch.Tensor: ...
+def pyramid_pool(x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[False] = ...) -> torch.Tensor: ...
 @overload
 def pyramid_pool(
     x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[True]
@@ -55,7 +53,7 @@ def pyramid_pool(
         return pyramid
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _op(x, bins), x
-    pair: tuple[torch.Tensor, torch.Tensor] = _PoolAndPass.apply(x, bins)
+    pair: tuple[torch.Tensor, torch.Tensor] = cast(Any, _PoolAndPass).apply(x, bins)
     return pair
 
 
@@ -81,9 +79,7 @@ def _backward_fake(
     grad: torch.Tensor, grad_input: torch.Tensor | None, size: Sequence[int], bins: Sequence[int], channels_last: bool
 ) -> torch.Tensor:
     shape = (grad.shape[0], grad.shape[2], size[0], size[1])
-    return torch.empty(
-        shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(channels_last)
-    )
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(channels_last))
 
 
 def _is_slice(tensor: torch.Tensor, channels_last: bool) -> bool:
@@ -126,9 +122,7 @@ class _PoolAndPass(torch.autograd.Function):
         return _op(x, bins), x.view_as(x)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         grad, grad_input = grads
         if grad is None:
             return grad_input, None

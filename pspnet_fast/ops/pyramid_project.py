@@ -25,7 +25,7 @@ from ..checks import (
     check_tensor,
 )
 from ..geometry import accumulation_dtype, levels
-from ._define import LIBRARY, define
+from ._define import LIBRARY, autocast_dtype, define
 
 
 def pyramid_project(
@@ -64,8 +64,7 @@ def pyramid_project(
         raise ValueError(f"{op}: weight must hold one matrix for each of the {len(bins)} bins, got {len(weights)}")
     check_tensor(op, "weight[0]", weights[0], "RC")
     shape = (weights[0].shape[0], pyramid.shape[2])
-    if torch.is_autocast_enabled(pyramid.device.type):
-        dtype = torch.get_autocast_dtype(pyramid.device.type)
+    if dtype := autocast_dtype(pyramid):
         pyramid, weights = pyramid.to(dtype), [w.to(dtype) for w in weights]
     for k, matrix in enumerate(weights):
         check_shape(op, f"weight[{k}]", matrix, shape, "(R, C)")

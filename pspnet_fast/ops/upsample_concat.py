@@ -25,7 +25,7 @@ from ..checks import (
     check_same_dtype,
 )
 from ..geometry import cell_count, channel_blocks, dense, is_channels_last, memory_format
-from ._define import LIBRARY, define
+from ._define import LIBRARY, autocast_dtype, define
 
 
 def upsample_concat(
@@ -63,7 +63,7 @@ def upsample_concat(
     if pyramid.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x and pyramid must have one batch size, got {x.shape[0]} and {pyramid.shape[0]}")
     check_same_device(op, "x", x, "pyramid", pyramid)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x):
         dtype = torch.promote_types(x.dtype, pyramid.dtype)
         x, pyramid = x.to(dtype), pyramid.to(dtype)
     check_same_dtype(op, "x", x, "pyramid", pyramid)

@@ -33,10 +33,7 @@ def pyramid_norm_forward(
     relu: bool,
 ) -> torch.Tensor:
     out = torch.cat(
-        [
-            (level - mean[k]) * (invstd[k] * weight[k]) + bias[k]
-            for k, level in enumerate(levels(_wide(y), bins))
-        ],
+        [(level - mean[k]) * (invstd[k] * weight[k]) + bias[k] for k, level in enumerate(levels(_wide(y), bins))],
         1,
     )
     return (torch.relu(out) if relu else out).to(y.dtype)
@@ -55,7 +52,10 @@ def pyramid_norm_sums(
     inputs = levels(_wide(y), bins)
     sum_grad = torch.stack([g.sum((0, 1)) for g in grads])
     sum_grad_normal = torch.stack(
-        [(g * (level - mean[k])).sum((0, 1)) * invstd[k] for k, (g, level) in enumerate(zip(grads, inputs, strict=True))]
+        [
+            (g * (level - mean[k])).sum((0, 1)) * invstd[k]
+            for k, (g, level) in enumerate(zip(grads, inputs, strict=True))
+        ]
     )
     return sum_grad, sum_grad_normal
 
@@ -73,7 +73,9 @@ def pyramid_norm_backward(
     mean_grad_normal: torch.Tensor | None,
 ) -> torch.Tensor:
     dy = []
-    for k, (g, level) in enumerate(zip(levels(_through_relu(grad, out, relu), bins), levels(_wide(y), bins), strict=True)):
+    for k, (g, level) in enumerate(
+        zip(levels(_through_relu(grad, out, relu), bins), levels(_wide(y), bins), strict=True)
+    ):
         if mean_grad is not None and mean_grad_normal is not None:
             g = g - mean_grad[k] - (level - mean[k]) * (invstd[k] * mean_grad_normal[k])
         dy.append(g * (invstd[k] * weight[k]))

@@ -104,7 +104,7 @@ def test_running_statistics_over_several_batches():
 
 def test_evaluation_sees_changed_weights():
     """Nothing folded is kept: load_state_dict, an update in place and .to() all show at once."""
-    ours, plain = pair()
+    ours, _ = pair()
     x = torch.randn(2, 12, 8, 8)
     ours.eval()(x)
     other = pair()[1]
@@ -149,7 +149,9 @@ def test_half_precision_and_memory_format():
     for dtype in (torch.float16, torch.bfloat16):
         out = copy.deepcopy(ours).to(dtype).eval()(x.to(dtype))
         assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            out.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+        )
     out = ours.to(memory_format=torch.channels_last).eval()(x.contiguous(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

@@ -113,7 +113,9 @@ def test_variance_far_from_zero_mean(backend):
     y = cells(4, 16, (2,)) * 0.01 + 1000
     testing.assert_as_accurate(
         lambda y: pyramid_norm(y, (2,), training=True, relu=False),
-        lambda y: testing.plain_pyramid_norm(y, *torch.tensor([[[1.0]], [[0.0]]]).expand(2, 1, 16).to(y.dtype), (2,), False),
+        lambda y: testing.plain_pyramid_norm(
+            y, *torch.tensor([[[1.0]], [[0.0]]]).expand(2, 1, 16).to(y.dtype), (2,), False
+        ),
         [y],
         backend,
     )
@@ -192,7 +194,12 @@ def test_opcheck():
         (torch.zeros(2, 5, 3).long(), {}, TypeError, "got int64"),
         (torch.zeros(1, 5, 3), {"training": True}, ValueError, "more than one value per channel.* batch of 2 or more"),
         (torch.zeros(2, 5, 3), {}, ValueError, "evaluation needs running_mean and running_var"),
-        (torch.zeros(2, 5, 3), {"weight": [torch.zeros(3)]}, ValueError, "weight must hold one tensor for each of the 2"),
+        (
+            torch.zeros(2, 5, 3),
+            {"weight": [torch.zeros(3)]},
+            ValueError,
+            "weight must hold one tensor for each of the 2",
+        ),
         (torch.zeros(2, 5, 3), {"bias": [torch.zeros(4)] * 2}, ValueError, r"bias\[0\] must be \(R,\) = \(3,\)"),
         (torch.zeros(2, 5, 3), {"momentum": [0.1]}, ValueError, "momentum must be one number or one for each of the 2"),
     ],

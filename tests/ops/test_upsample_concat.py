@@ -82,7 +82,9 @@ def test_gradient_of_ones_does_not_saturate(backend, dtype):
     leaf = pyramid.to(testing.device(backend)).requires_grad_()
     with testing.use_backend(backend):
         (grad,) = torch.autograd.grad(upsample_concat(x.to(leaf.device), leaf, (1, 2)).sum(), leaf)
-    assert torch.equal(grad.cpu(), torch.tensor([3600.0, 900.0, 900.0, 900.0, 900.0], dtype=dtype)[None, :, None].expand(1, 5, 2))
+    assert torch.equal(
+        grad.cpu(), torch.tensor([3600.0, 900.0, 900.0, 900.0, 900.0], dtype=dtype)[None, :, None].expand(1, 5, 2)
+    )
 
 
 @pytest.mark.parametrize("backend", testing.backends(OP))
@@ -98,7 +100,7 @@ def test_no_images(backend, memory_format):
 
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_any_strides(backend):
-    """x a strided view, the pyramid a transposed one, an unaligned offset, the gradient expanded."""
+    """X a strided view, the pyramid a transposed one, an unaligned offset, the gradient expanded."""
     base = torch.randn(2, 5, 8, 6, device=testing.device(backend))
     pyramid = torch.randn(2, 6, 5, device=testing.device(backend)).transpose(1, 2).requires_grad_()
     exact = pyramid.detach().double().requires_grad_()
@@ -119,7 +121,12 @@ def test_nan_and_inf_stay_in_their_cells(backend, align_corners, memory_format):
     """Where a pixel lies on a cell exactly, torch's rounded coordinate may take a neighbour in, or not: left out here."""
     (height, width), bins = (6, 8), (1, 2, 3)
     x, pyramid = inputs((1, 2, height, width), 18, bins, memory_format=memory_format)
-    pyramid[0, 9, 3], pyramid[0, 7, 16], pyramid[0, 3, 17], pyramid[0, 0, 1] = torch.nan, torch.inf, -torch.inf, torch.nan
+    pyramid[0, 9, 3], pyramid[0, 7, 16], pyramid[0, 3, 17], pyramid[0, 0, 1] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+    )
     with testing.use_backend(backend):
         ours = upsample_concat(*(t.to(testing.device(backend)) for t in (x, pyramid)), bins, align_corners).cpu()
     plain = testing.plain_upsample_concat(x, pyramid, bins, align_corners)
