@@ -36,16 +36,21 @@ class CompileCase(NamedTuple):
 
 
 def compile_case(
-    kernel: Any, variant: str, dtype: torch.dtype, constexprs: Mapping[str, Any], num_warps: int,
-    divisible: tuple[str, ...] = ("C",), **types: str,
-) -> CompileCase:  # fmt: skip
-    """The case whose arguments are of the types they are named for: `..._ptr` points to `dtype`, the rest are i32."""
+    kernel: Any,
+    dtype: torch.dtype,
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    divisible: tuple[str, ...] = ("C",),
+    **types: str,
+) -> CompileCase:
+    """The case that its arguments' names and values tell: `..._ptr` points to `dtype` unless `types` says else."""
+    values = " ".join(f"{name}={value}".replace(" ", "") for name, value in constexprs.items())
     signature = {
         name: types.get(name, f"*{TRITON_NAMES[dtype]}" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
         if name not in constexprs
     }
-    return CompileCase(kernel, variant, signature, constexprs, num_warps, divisible)
+    return CompileCase(kernel, f"{TRITON_NAMES[dtype]} {values}", signature, constexprs, num_warps, divisible)
 
 
 @cache

@@ -6,14 +6,15 @@ take the packed pyramid's rows as they come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import on_device, refuses
+from . import CompileCase, compile_case, on_device, refuses
 from .geometry import device_function, round_to
 from .pyramid_project import level_bins, level_factors, level_rows
 
@@ -24,6 +25,10 @@ class Tile(NamedTuple):
     m: int
     r: int
     num_warps: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_R": self.r}
 
 
 # By the size of an element, in bytes: 16 bytes a thread, and rows of 64 bytes in the sums, 512 bytes elsewhere.
@@ -184,7 +189,7 @@ def pyramid_norm_statistics(y: torch.Tensor, bins: Sequence[int]) -> tuple[torch
     with on_device(y):
         _pyramid_norm_statistics_kernel[(triton.cdiv(reduced, tile.r), len(bins))](
             y, mean, var, n, reduced,
-            BINS=tuple(bins), BLOCK_M=tile.m, BLOCK_R=tile.r, num_warps=tile.num_warps,
+            BINS=tuple(bins), **tile.blocks, num_warps=tile.num_warps,
         )  # fmt: skip
     return mean, var
 
@@ -205,7 +210,7 @@ def pyramid_norm_forward(
     with on_device(y):
         _pyramid_norm_forward_kernel[_element_grid(y, tile)](
             y, mean, invstd, weight, bias, out, y.shape[0] * y.shape[1], y.shape[2],
-            BINS=tuple(bins), RELU=relu, BLOCK_M=tile.m, BLOCK_R=tile.r, num_warps=tile.num_warps,
+            BINS=tuple(bins), RELU=relu, **tile.blocks, num_warps=tile.num_warps,
         )  # fmt: skip
     return out
 
@@ -227,7 +232,7 @@ def pyramid_norm_sums(
     with on_device(y):
         _pyramid_norm_sums_kernel[(triton.cdiv(reduced, tile.r), len(bins))](
             grad, y, out, mean, invstd, sum_grad, sum_grad_normal, n, reduced,
-            BINS=tuple(bins), RELU=relu, BLOCK_M=tile.m, BLOCK_R=tile.r, num_warps=tile.num_warps,
+            BINS=tuple(bins), RELU=relu, **tile.blocks, num_warps=tile.num_warps,
         )  # fmt: skip
     return sum_grad, sum_grad_normal
 
@@ -251,6 +256,26 @@ def pyramid_norm_backward(
     with on_device(y):
         _pyramid_norm_backward_kernel[_element_grid(y, tile)](
             grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, dy, y.shape[0] * y.shape[1], y.shape[2],
-            BINS=tuple(bins), RELU=relu, BLOCK_M=tile.m, BLOCK_R=tile.r, num_warps=tile.num_warps,
+            BINS=tuple(bins), RELU=relu, **tile.blocks, num_warps=tile.num_warps,
         )  # fmt: skip
     return dy
+
+
+def _compile_cases() -> Iterator[CompileCase]:
+    names = ("mean", "var", "invstd", "weight", "bias", "sum_grad", "sum_grad_normal", "mean_grad", "mean_grad_normal")
+    types = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
+    for dtype in (torch.bfloat16, torch.float32):
+        case = partial(compile_case, dtype=dtype, divisible=("R",), **types)
+        sums, elements = SUM_TILES[dtype.itemsize], ELEMENT_TILES[dtype.itemsize]
+        options: dict[str, Any] = {"BINS": (1, 2, 3, 6), **sums.blocks}
+        yield case(_pyramid_norm_statistics_kernel, constexprs=options, num_warps=sums.num_warps)
+        options["RELU"] = True
+        yield case(_pyramid_norm_sums_kernel, constexprs=options, num_warps=sums.num_warps)
+        options |= elements.blocks
+        yield case(_pyramid_norm_forward_kernel, constexprs=options, num_warps=elements.num_warps)
+        yield case(_pyramid_norm_backward_kernel, constexprs=options, num_warps=elements.num_warps)
+        options |= {"RELU": False, "mean_grad_ptr": None, "mean_grad_normal_ptr": None}
+        yield case(_pyramid_norm_backward_kernel, constexprs=options, num_warps=elements.num_warps)
+
+
+COMPILE_CASES = [*_compile_cases()]

@@ -8,8 +8,8 @@ forward pass sums each block once and each cell adds up blocks; the backward pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from math import gcd, lcm
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import on_device, refuses
+from . import CompileCase, compile_case, on_device, refuses
 from .geometry import (
     bin_end,
     bin_start,
@@ -324,7 +324,7 @@ def _nchw_tile(width: int, itemsize: int) -> dict[str, int]:
 
 
 CELLS_TILE = {"BLOCK_B": 32, "BLOCK_C": 64}
-BLOCKS_TILE = {"BLOCK_B": 8, "BLOCK_C": 128}
+BLOCKS_TILE = {"BLOCK_B": 8, "BLOCK_C": 64}
 CHANNELS_LAST_WARPS, NCHW_WARPS, CELLS_WARPS, BLOCKS_WARPS = 2, 4, 4, 4
 LONGEST = 64  # pixels along a segment
 
@@ -365,17 +365,9 @@ def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
             shifts = tuple(starts[k] - start for k, start in zip(levels, level_starts(group), strict=True))
             grid = (n * triton.cdiv(c, CELLS_TILE["BLOCK_C"]), cell_count(group))
             _pyramid_pool_forward_cells_kernel[grid](
-                sums,
-                out,
-                out.shape[1],
-                c,
-                *rows,
-                *columns,
-                BINS=group,
-                SHIFTS=shifts,
-                **CELLS_TILE,
-                num_warps=CELLS_WARPS,
-            )
+                sums, out, out.shape[1], c, *rows, *columns,
+                BINS=group, SHIFTS=shifts, **CELLS_TILE, num_warps=CELLS_WARPS,
+            )  # fmt: skip
     return out
 
 
@@ -398,11 +390,8 @@ def pyramid_pool_backward(
     blocks = torch.empty((n, rows.segments, columns.segments, c), dtype=torch.float32, device=grad.device)
     top = out if grad_input is None else grad_input
     with on_device(grad):
-        grid = (
-            n * triton.cdiv(c, BLOCKS_TILE["BLOCK_C"]),
-            rows.segments,
-            triton.cdiv(columns.segments, BLOCKS_TILE["BLOCK_B"]),
-        )
+        tiles_w = triton.cdiv(columns.segments, BLOCKS_TILE["BLOCK_B"])
+        grid = (n * triton.cdiv(c, BLOCKS_TILE["BLOCK_C"]), rows.segments, tiles_w)
         _pyramid_pool_backward_blocks_kernel[grid](
             grad, blocks, c, _reach(height, bins), _reach(width, bins), *rows, *columns,
             BINS=bins, **BLOCKS_TILE, num_warps=BLOCKS_WARPS,
@@ -422,3 +411,38 @@ def pyramid_pool_backward(
                 HAS_INPUT=grad_input is not None, **tile, num_warps=NCHW_WARPS,
             )  # fmt: skip
     return out
+
+
+def _compile_cases() -> Iterator[CompileCase]:
+    bins = (1, 2, 3, 6)
+    for dtype in (torch.bfloat16, torch.float32):
+        case = partial(compile_case, dtype=dtype, sums_ptr="*fp32", blocks_ptr="*fp32")
+        tile = _channels_last_tile(dtype.itemsize)
+        yield case(_pyramid_pool_forward_channels_last_kernel, constexprs=tile, num_warps=CHANNELS_LAST_WARPS)
+        for has_input in (False, True):
+            yield case(
+                _pyramid_pool_backward_channels_last_kernel,
+                constexprs={"HAS_INPUT": has_input, **tile},
+                num_warps=CHANNELS_LAST_WARPS,
+                divisible=("C", "image_stride", "pixel_stride"),
+            )
+        for width in (60, 61, 256):
+            tile = _nchw_tile(width, dtype.itemsize)
+            yield case(_pyramid_pool_forward_nchw_kernel, constexprs=tile, num_warps=NCHW_WARPS)
+            yield case(
+                _pyramid_pool_backward_nchw_kernel,
+                constexprs={"HAS_INPUT": True, **tile},
+                num_warps=NCHW_WARPS,
+                divisible=("C", "image_stride"),
+            )
+        yield case(
+            _pyramid_pool_forward_cells_kernel,
+            constexprs={"BINS": bins, "SHIFTS": (0,) * len(bins), **CELLS_TILE},
+            num_warps=CELLS_WARPS,
+        )
+        yield case(
+            _pyramid_pool_backward_blocks_kernel, constexprs={"BINS": bins, **BLOCKS_TILE}, num_warps=BLOCKS_WARPS
+        )
+
+
+COMPILE_CASES = [*_compile_cases()]

@@ -12,7 +12,7 @@ without conflicts only where the second operand runs along the result's second a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import on_device, refuses
+from . import TRITON_NAMES, CompileCase, compile_case, on_device, refuses
 from .geometry import INTERPRETED, cell_count, device_function, level_of, level_starts, round_to
 
 
@@ -41,11 +41,11 @@ class Tile(NamedTuple):
 
 # By the size of an element in bytes: the first tile whose `largest_level` reaches N * max(bins)**2 is taken.
 FORWARD_TILES = {
-    2: (Tile(64, 16, 64, 64, 4, 4), Tile(256, 32, 64, 64, 4, 4), Tile(inf, 64, 64, 64, 4, 3)),
+    2: (Tile(64, 16, 64, 64, 4, 4), Tile(256, 32, 64, 64, 4, 4), Tile(inf, 64, 64, 64, 8, 3)),
     4: (Tile(64, 16, 64, 32, 4, 4), Tile(256, 32, 64, 32, 4, 3), Tile(inf, 64, 64, 32, 4, 3)),
 }
 PYRAMID_GRADIENT_TILES = {
-    2: (Tile(64, 16, 64, 64, 4, 4), Tile(256, 32, 64, 64, 4, 4), Tile(inf, 64, 64, 64, 4, 3)),
+    2: (Tile(64, 16, 64, 64, 4, 4), Tile(256, 32, 64, 64, 4, 4), Tile(inf, 64, 64, 64, 8, 3)),
     4: (Tile(64, 16, 32, 64, 4, 4), Tile(256, 32, 16, 64, 4, 4), Tile(inf, 64, 32, 64, 4, 3)),
 }
 WEIGHT_GRADIENT_TILES = {2: (Tile(inf, 32, 64, 64, 4, 3),), 4: (Tile(inf, 32, 64, 64, 8, 3),)}
@@ -298,3 +298,37 @@ def pyramid_project_backward(
             BINS=tuple(bins), **tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return d_pyramid, d_weight
+
+
+def _compile_cases() -> Iterator[CompileCase]:
+    bins = (1, 2, 3, 6)
+
+    def cases(kernel: Any, tile: Tile, ragged: bool = True, **constexprs: Any) -> Iterator[CompileCase]:
+        options = {"BINS": bins, **constexprs, **tile.blocks}
+        case = compile_case(kernel, dtype, options, tile.num_warps, ("C", "R"), **types)
+        case = case._replace(num_stages=tile.num_stages)
+        yield case
+        if ragged:
+            yield case._replace(divisible=(), variant=f"{case.variant} ragged")
+
+    for dtype in (torch.bfloat16, torch.float32):
+        name = TRITON_NAMES[dtype]
+        types: dict[str, Any] = {"weight_ptrs": (f"*{name}",) * len(bins), "parts_ptr": "*fp32"}
+        types |= {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+        epilogue = {"RELU": True, "SPLITS": 1}
+        training = {"RELU": False, "SPLITS": 1, "scale_ptr": None, "shift_ptr": None}
+        for tile in FORWARD_TILES[dtype.itemsize]:
+            kernel, transposed = _pyramid_project_forward_kernel, dtype == torch.float32
+            yield from cases(kernel, tile, TRANSPOSED=transposed, **epilogue)
+            yield from cases(kernel, tile, False, TRANSPOSED=transposed, **training)
+            parts = cases(kernel, tile, False, TRANSPOSED=transposed, **epilogue | {"SPLITS": MOST_SPLITS})
+            yield from (case._replace(signature={**case.signature, "out_ptr": "*fp32"}) for case in parts)
+        for tile in PYRAMID_GRADIENT_TILES[dtype.itemsize]:
+            yield from cases(_pyramid_project_pyramid_gradient_kernel, tile)
+        for tile in WEIGHT_GRADIENT_TILES[dtype.itemsize]:
+            yield from cases(_pyramid_project_weight_gradient_kernel, tile)
+        options = {"BINS": bins, **epilogue, "SPLITS": MOST_SPLITS, **SUM_TILE}
+        yield compile_case(_pyramid_project_sum_kernel, dtype, options, SUM_WARPS, ("R",), **types)
+
+
+COMPILE_CASES = [*_compile_cases()]

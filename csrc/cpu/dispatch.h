@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -49,5 +50,23 @@ class Scratch {
  private:
   std::unique_ptr<void, decltype(&std::free)> data_;
 };
+
+// How many blocks of kChannelBlock cover a length.
+constexpr int64_t whole_blocks(int64_t length) {
+  return (length + kChannelBlock - 1) / kChannelBlock;
+}
+
+// Calls kernel(arguments, begin, end, scratch) on parts of [0, units): each thread has scratch of its own, so many
+// elements of the accumulator's type. Parts are large enough to be worth a thread.
+template <class Kernel, class Arguments>
+void run_kernel(Kernel kernel, const Arguments& a, int64_t units, int64_t elements_per_unit, int64_t scratch_elements) {
+  constexpr int64_t kElements = 32768;
+  const int64_t element = a.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kElements / std::max<int64_t>(1, elements_per_unit)),
+                              [&](int64_t begin, int64_t end) {
+                                const Scratch scratch(scratch_elements * element);
+                                kernel(a, begin, end, scratch.as<void>());
+                              });
+}
 
 }  // namespace pspnet_fast

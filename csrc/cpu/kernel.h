@@ -20,6 +20,9 @@ enum class Dtype { float64, float32, bfloat16, float16 };
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Channels that a unit of work owns where a kernel's lanes are channels, whatever the width of its vectors.
+constexpr int64_t kChannelBlock = 16;
+
 // A kernel is a function compiled once for each capability, in the namespace of that name (see vec.h). Its declaration,
 // in the op's own header: PSPNET_FAST_DECLARE_KERNEL(name, const Arguments&, int64_t begin, int64_t end)
 #define PSPNET_FAST_DECLARE_KERNEL(name, ...) \

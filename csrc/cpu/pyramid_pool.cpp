@@ -52,6 +52,7 @@ class Windows {
             channels,
             row_edges_.back(),
             column_edges_.back(),
+            whole_blocks(column_edges_.back()) * kChannelBlock,
             {row_edges_.data(), static_cast<int64_t>(row_edges_.size()) - 1},
             {column_edges_.data(), static_cast<int64_t>(column_edges_.size()) - 1},
             cells_.data(),
@@ -67,24 +68,6 @@ class Windows {
   std::vector<PoolCell> cells_;
 };
 
-template <class Kernel, class Arguments>
-void run(Kernel kernel, const Arguments& a, int64_t units, int64_t grain, int64_t scratch) {
-  const int64_t bytes = scratch * static_cast<int64_t>(a.dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
-    kernel(a, begin, end, memory.as<void>());
-  });
-}
-
-// Units that together touch enough pixels to be worth a thread.
-int64_t grain(int64_t elements) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1));
-}
-
-int64_t nchw_scratch(const PyramidPool& a) {
-  return kPoolBlock * (a.buffered_rows() * a.padded_width() + a.padded_width() + a.rows.segments * a.columns.segments);
-}
-
 Tensor pyramid_pool_forward_cpu(const Tensor& x, const std::vector<int64_t>& bins) {
   constexpr const char* op = "pyramid_pool_forward";
   check(x.dim() == 4, op, "x must be 4-D (N, C, H, W), got ", x.dim(), " dimensions");
@@ -99,9 +82,10 @@ Tensor pyramid_pool_forward_cpu(const Tensor& x, const std::vector<int64_t>& bin
   }
   const Windows windows(height, width, bins);
   const PyramidPoolForward a{windows.over(dtype_of(x), channels_last, c), x.const_data_ptr(), out.mutable_data_ptr()};
-  const int64_t scratch =
-      channels_last ? a.rows.segments * a.columns.segments * std::min(kPoolChunk, a.blocks() * kPoolBlock) : nchw_scratch(a);
-  run(PSPNET_FAST_KERNEL(pyramid_pool_forward), a, n * a.blocks(), grain(kPoolBlock * height * width), scratch);
+  const int64_t segments = a.rows.segments * a.columns.segments;
+  const int64_t scratch = channels_last ? segments * std::min(kPoolChunk, c)
+                                        : kChannelBlock * (a.rows.segments * a.pitch + a.pitch + segments);
+  run_kernel(PSPNET_FAST_KERNEL(pyramid_pool_forward), a, n * whole_blocks(c), kChannelBlock * height * width, scratch);
   return out;
 }
 
@@ -137,10 +121,12 @@ Tensor pyramid_pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>
                               grad_input ? grad_input->stride(0) : 0,
                               grad_input ? grad_input->stride(3) : 0,
                               out.mutable_data_ptr()};
+  const auto kernel = PSPNET_FAST_KERNEL(pyramid_pool_backward);
   if (channels_last) {
-    run(PSPNET_FAST_KERNEL(pyramid_pool_backward), a, n * height, grain(c * width), a.columns.segments * c);
+    run_kernel(kernel, a, n * height, width * c, a.columns.segments * c);
   } else {
-    run(PSPNET_FAST_KERNEL(pyramid_pool_backward), a, n * a.blocks(), grain(kPoolBlock * height * width), nchw_scratch(a));
+    run_kernel(kernel, a, n * whole_blocks(c), kChannelBlock * height * width,
+               kChannelBlock * (a.rows.segments * a.pitch + a.columns.segments));
   }
   return out;
 }

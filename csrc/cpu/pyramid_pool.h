@@ -16,25 +16,17 @@ struct PoolCell {
   int64_t top, bottom, left, right, pixels;
 };
 
-constexpr int64_t kPoolBlock = 16;    // channels that one unit of work owns, whatever the width of the vectors
-constexpr int64_t kPoolChunk = 1024;  // channels_last: channels summed at once, a row of segments' sums stays in L1
-constexpr int64_t kPoolBuffer = 8192;  // NCHW: elements of one block's rows held at once, in L1
+// channels_last: channels summed at once, so that the sums of a row of segments stay in L1.
+constexpr int64_t kPoolChunk = 1024;
 
 struct PyramidPool {
   Dtype dtype;
   bool channels_last;
   int64_t channels, height, width;
+  int64_t pitch;  // the width, rounded up to whole vectors
   PoolAxis rows, columns;
   const PoolCell* cells;
   int64_t cell_count;
-
-  int64_t blocks() const { return (channels + kPoolBlock - 1) / kPoolBlock; }
-  int64_t padded_width() const { return (width + kPoolBlock - 1) / kPoolBlock * kPoolBlock; }
-  // NCHW: row segments whose rows are buffered together, so that planes are walked from end to end.
-  int64_t buffered_rows() const {
-    const int64_t fit = kPoolBuffer / (kPoolBlock * padded_width());
-    return fit < 1 ? 1 : fit < rows.segments ? fit : rows.segments;
-  }
 };
 
 struct PyramidPoolForward : PyramidPool {
@@ -44,12 +36,12 @@ struct PyramidPoolForward : PyramidPool {
 
 struct PyramidPoolBackward : PyramidPool {
   const void* grad;
-  const void* grad_input;  // or null
+  const void* grad_input;                      // or null
   int64_t grad_input_image, grad_input_pixel;  // strides; the latter in channels_last only
   void* out;
 };
 
-// Units of work [begin, end) are blocks of channels, image after image; channels_last backward: rows of pixels.
+// Units [begin, end) are blocks of channels, image after image; channels_last backward: rows of pixels.
 // `scratch` has the accumulator's type.
 PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_forward, const PyramidPoolForward& a, int64_t begin, int64_t end, void* scratch)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_backward, const PyramidPoolBackward& a, int64_t begin, int64_t end, void* scratch)

@@ -17,7 +17,9 @@
 namespace pspnet_fast {
 namespace {
 
-constexpr int64_t kWork = int64_t{1} << 20;  // multiplications worth a thread
+constexpr int64_t kWork = int64_t{1} << 20;         // multiplications worth a thread
+constexpr int64_t kPackingWork = 16;                // an element packed, in multiplications
+constexpr int64_t kStreamBytes = int64_t{4} << 20;  // more than a core's own caches hold
 
 int64_t units(int64_t length, int64_t unit) {
   return (length + unit - 1) / unit;
@@ -46,6 +48,7 @@ class Operands {
     check(weight.size() == bins.size(), op, "weight must have one tensor for each of ", levels, " bins, got ", weight.size());
     check(weight[0].dim() == 2, op, "weight must be 2-D (R, C), got ", weight[0].dim(), " dimensions");
     const int64_t r = weight[0].size(0);
+    check(c > 0 && r > 0, op, "weight must have rows and columns, got ", r, " x ", c);
     for (const Tensor& w : weight) {
       check_like(op, "weight", w, pyramid);
       check_size(op, "weight", w, {r, c});
@@ -89,12 +92,12 @@ Tensor pyramid_project_forward_cpu(const Tensor& pyramid, const std::vector<Tens
   if (out.numel() == 0) {
     return out;
   }
-  // A level's cells are rounded up to whole vectors, of at most kProjectBlock lanes.
-  const int64_t rows = shared.images * shared.cells, padded = rows + shared.level_count * kProjectBlock;
+  constexpr int64_t kMostLanes = 16;  // a level's cells are rounded up to whole vectors
+  const int64_t rows = shared.images * shared.cells, padded = rows + shared.level_count * kMostLanes;
   const Scratch packed(padded * shared.channels * accumulator_size(shared.dtype));
   const PyramidProjectForward a{shared, scales, shifts, relu, packed.as<void>(), out.mutable_data_ptr()};
   torch::stable::parallel_for(
-      0, units(a.channels, kProjectBlock), grain(kProjectBlock * rows * 16),
+      0, units(a.channels, kProjectBlock), grain(kProjectBlock * rows * kPackingWork),
       [&](int64_t begin, int64_t end) { PSPNET_FAST_KERNEL(pyramid_project_pack)(a, begin, end); });
   torch::stable::parallel_for(
       0, units(a.reduced, kProjectRows), grain(kProjectRows * rows * a.channels),
@@ -113,29 +116,33 @@ std::tuple<Tensor, Tensor> pyramid_project_backward_cpu(const Tensor& grad, cons
   check_contiguous(op, "grad", grad);
   Tensor d_pyramid = new_output(pyramid, {shared.images, shared.cells, shared.channels});
   Tensor d_weight = new_output(pyramid, {shared.level_count, shared.reduced, shared.channels});
+  if (shared.images == 0) {
+    return {d_pyramid, torch::stable::zero_(d_weight)};
+  }
+  PyramidProjectBackward a{shared};
+  a.grad = grad.const_data_ptr();
+  a.d_pyramid = d_pyramid.mutable_data_ptr();
+  a.d_weight = d_weight.mutable_data_ptr();
+  const int64_t size = accumulator_size(a.dtype), rows = a.images * a.cells;
+  const Scratch grad_rows(rows * a.padded_reduced() * size), grad_columns(rows * a.reduced * size);
+  a.grad_rows = grad_rows.as<void>();
+  a.grad_columns = grad_columns.as<void>();
+  const int64_t row_bytes = a.channels * static_cast<int64_t>(d_weight.element_size());
+  a.stream = a.level_count * a.reduced * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+             reinterpret_cast<uintptr_t>(a.d_weight) % 64 == 0;
 
-  constexpr int64_t kStreamBytes = int64_t{4} << 20;  // more than a core's own caches hold
-  const int64_t size = accumulator_size(shared.dtype), rows = shared.images * shared.cells;
-  const int64_t row_bytes = shared.channels * static_cast<int64_t>(d_weight.element_size());
-  const bool aligned = reinterpret_cast<uintptr_t>(d_weight.const_data_ptr()) % 64 == 0 && row_bytes % 64 == 0;
-  const Scratch grad_rows(rows * shared.reduced * size), grad_columns(rows * shared.reduced * size);
-  const PyramidProjectBackward a{shared,
-                                 grad.const_data_ptr(),
-                                 grad_rows.as<void>(),
-                                 grad_columns.as<void>(),
-                                 d_pyramid.mutable_data_ptr(),
-                                 d_weight.mutable_data_ptr(),
-                                 aligned && shared.level_count * shared.reduced * row_bytes >= kStreamBytes};
-  const int64_t largest = *std::max_element(bins.begin(), bins.end()), scratch = a.images * largest * largest * kProjectStripBytes;
+  const int64_t largest = *std::max_element(bins.begin(), bins.end());
+  const int64_t scratch = std::max(kProjectSumsBytes, a.images * largest * largest * kProjectStripBytes);
   torch::stable::parallel_for(
-      0, units(a.reduced, kProjectBlock), grain(kProjectBlock * rows * 16),
+      0, units(a.reduced, kProjectBlock), grain(kProjectBlock * rows * kPackingWork),
       [&](int64_t begin, int64_t end) { PSPNET_FAST_KERNEL(pyramid_project_pack_grad)(a, begin, end); });
-  const int64_t strip = kProjectStripBytes / size, strips = units(a.channels, strip);
-  torch::stable::parallel_for(0, strips, grain(strip * rows * a.reduced), [&](int64_t begin, int64_t end) {
-    const Scratch memory(scratch);
-    PSPNET_FAST_KERNEL(pyramid_project_d_pyramid)(a, begin, end, memory.as<void>());
-    PSPNET_FAST_KERNEL(pyramid_project_d_weight)(a, begin, end, memory.as<void>());
-  });
+  const int64_t strip = kProjectStripBytes / size;
+  torch::stable::parallel_for(0, units(a.channels, strip), grain(2 * strip * rows * a.reduced),
+                              [&](int64_t begin, int64_t end) {
+                                const Scratch memory(scratch);
+                                PSPNET_FAST_KERNEL(pyramid_project_d_pyramid)(a, begin, end, memory.as<void>());
+                                PSPNET_FAST_KERNEL(pyramid_project_d_weight)(a, begin, end, memory.as<void>());
+                              });
   return {d_pyramid, d_weight};
 }
 

@@ -5,9 +5,11 @@
 
 namespace pspnet_fast {
 
-constexpr int64_t kProjectRows = 6;           // rows of a product that one tile holds in registers
-constexpr int64_t kProjectStripBytes = 256;   // channels of the backward that one unit of work owns, as accumulators
-constexpr int64_t kProjectBlock = 16;         // channels that one unit of packing owns
+constexpr int64_t kProjectRows = 6;             // rows of a product that one tile holds in registers
+constexpr int64_t kProjectStripBytes = 256;     // channels of the backward that one unit of work owns, as accumulators
+constexpr int64_t kProjectSumsBytes = 1 << 17;  // sums that stay in L2
+constexpr int64_t kProjectBlock = 32;           // channels that one unit of packing owns; as rows of a weight, and the
+                                                // pages they lie in, few enough for L1 and the TLB
 
 struct PyramidProject {
   Dtype dtype;
@@ -28,15 +30,17 @@ struct PyramidProjectForward : PyramidProject {
 
 struct PyramidProjectBackward : PyramidProject {
   const void* grad;
-  void* grad_rows;     // accumulators: grad, level by level
-  void* grad_columns;  // accumulators: the same, each level transposed
+  void* grad_rows;     // accumulators: grad, level by level, kProjectBlock channels of all cells together
+  void* grad_columns;  // accumulators: each level of grad transposed
   void* d_pyramid;
   void* d_weight;
   bool stream;  // d_weight is written past the caches
+
+  int64_t padded_reduced() const { return (reduced + kProjectBlock - 1) / kProjectBlock * kProjectBlock; }
 };
 
 // Units of work [begin, end) are blocks of channels, tiles of rows of the weights, blocks of reduced channels, strips of
-// channels, strips of channels. `scratch` has a strip of accumulators for every cell of the largest level, all images.
+// channels, strips of channels. `scratch` has kProjectSumsBytes, and a strip for every cell of the largest level, all images.
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_forward, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack_grad, const PyramidProjectBackward& a, int64_t begin, int64_t end)

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;  // with kProjectRows: 24 sums of 32 registers, or 12 of 16
 constexpr int64_t kDepth = 256;       // products summed from zero, before they join the rest: bounds the rounding error
-constexpr int64_t kWeightDepth = 64;  // rows of a strip of the weight packed at a time: 16 KiB, in L1
 
 template <class A>
 constexpr int64_t kStrip = kProjectStripBytes / static_cast<int64_t>(sizeof(A));
@@ -202,7 +201,7 @@ void forward_panel(const PyramidProjectForward& a, const Level& level, const Pan
     const int64_t row = tile * kProjectRows, rows = least(kProjectRows, a.reduced - row);
     const T* const left = weight + row * a.channels;
     const T* const next = tile + 1 < end ? left + rows * a.channels : after + begin * kProjectRows * a.channels;
-    for (int64_t c = 0; c == 0 || c < a.channels; c += kDepth) {
+    for (int64_t c = 0; c < a.channels; c += kDepth) {
       const int64_t depth = least(kDepth, a.channels - c);
       const Ahead ahead{next + c * rows, rows * static_cast<int64_t>(sizeof(T))};
       if constexpr (wide) {
@@ -241,7 +240,8 @@ void forward(const PyramidProjectForward& a, int64_t begin, int64_t end) {
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // Grid     blocks of reduced channels [begin, end)
-// Tile     a vector's lanes of cells by as many channels: widened as they stand, and transposed
+// Tile     a vector's lanes of cells by as many channels: widened, kProjectBlock channels of all cells together; and
+//          transposed
 // Traffic  grad read once, grad_rows and grad_columns written once
 template <class T>
 void pack_grad(const PyramidProjectBackward& a, int64_t begin, int64_t end) {
@@ -249,9 +249,9 @@ void pack_grad(const PyramidProjectBackward& a, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t first = begin * kProjectBlock, last = least(end * kProjectBlock, a.reduced);
   for_each_level(a, [&](const Level& level) {
-    const int64_t cells = level.cells(), offset = a.images * level.start * a.reduced;
-    A* const rows = static_cast<A*>(a.grad_rows) + offset;
-    A* const columns = static_cast<A*>(a.grad_columns) + offset;
+    const int64_t cells = level.cells(), before = a.images * level.start;
+    A* const rows = static_cast<A*>(a.grad_rows) + before * a.padded_reduced();
+    A* const columns = static_cast<A*>(a.grad_columns) + before * a.reduced;
     for (int64_t q = 0; q < cells; q += lanes) {
       const int64_t count = least(lanes, cells - q);
       for (int64_t r = first; r < last; r += lanes) {
@@ -259,7 +259,7 @@ void pack_grad(const PyramidProjectBackward& a, int64_t begin, int64_t end) {
         Vec<A> tile[lanes] = {};
         for (int64_t i = 0; i < count; ++i) {
           tile[i] = load(static_cast<const T*>(a.grad) + level.row(q + i) * a.reduced + r, part);
-          store(rows + (q + i) * a.reduced + r, tile[i], part);
+          store(rows + (r / kProjectBlock * cells + q + i) * kProjectBlock + r % kProjectBlock, tile[i], part);
         }
         transpose<A>(tile);
         for (int64_t i = 0; i < part; ++i) {
@@ -270,7 +270,7 @@ void pack_grad(const PyramidProjectBackward& a, int64_t begin, int64_t end) {
   });
 }
 
-// `width` elements from source, widened, and zeros up to a strip.
+// `width` elements from source, at most a strip, widened; zeros up to a strip.
 template <class T>
 void pack_strip(const T* source, int64_t width, Accumulator<T>* packed) {
   using A = Accumulator<T>;
@@ -282,39 +282,44 @@ void pack_strip(const T* source, int64_t width, Accumulator<T>* packed) {
 }
 
 // Grid     strips of channels [begin, end)
-// Tile     kWeightDepth rows of a strip of the weight, packed, times kProjectRows cells at a time; meanwhile the strip's
-//          next rows are fetched, a cache line a step
+// Tile     kProjectBlock rows of a strip of the weight, packed, times kProjectRows cells at a time; strip after strip of
+//          as many as have their sums in L2, then on to the next rows. Meanwhile the next strip is fetched
 // Traffic  the weights read once, d_pyramid written once
 template <class T>
 void d_pyramid(const PyramidProjectBackward& a, int64_t begin, int64_t end, Accumulator<T>* sums) {
   using A = Accumulator<T>;
-  constexpr int64_t panel = kTileVectors * kLanes<A>, line = 64, lines = kStrip<A> * sizeof(T) / line;
-  alignas(64) A packed[kWeightDepth * kStrip<A>];
+  constexpr int64_t strip = kStrip<A>, panel = kTileVectors * kLanes<A>, line = 64 / sizeof(T);
+  alignas(64) A packed[kProjectBlock * strip];
   for_each_level(a, [&](const Level& level) {
+    const int64_t cells = level.cells(), group = kProjectSumsBytes / (cells * kProjectStripBytes);
     const T* const weight = static_cast<const T*>(a.weight[level.index]);
-    const A* const grad = static_cast<const A*>(a.grad_rows) + a.images * level.start * a.reduced;
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t first = strip * kStrip<A>, width = least(kStrip<A>, a.channels - first);
-      for (int64_t row = 0; row == 0 || row < a.reduced; row += kWeightDepth) {
-        const int64_t depth = least(kWeightDepth, a.reduced - row);
-        for (int64_t k = 0; k < depth; ++k) {
-          pack_strip(weight + (row + k) * a.channels + first, width, packed + k * kStrip<A>);
-        }
-        const T* const next = weight + (row + depth < a.reduced ? (row + depth) * a.channels + first : first + width);
-        int64_t ask = 0;
-        for (int64_t q = 0; q < level.cells(); q += kProjectRows) {
-          for (int64_t c = 0; c < kStrip<A>; c += panel, ++ask) {
-            const Ahead ahead = ask < lines ? Ahead{next + ask * line / static_cast<int64_t>(sizeof(T)),
-                                                    a.channels * static_cast<int64_t>(sizeof(T))}
-                                            : Ahead{packed, 0};
-            multiply<A, kTileVectors>(least(kProjectRows, level.cells() - q), grad + q * a.reduced + row, a.reduced,
-                                      packed + c, kStrip<A>, depth, row > 0, sums + q * kStrip<A> + c, kStrip<A>, ahead);
+    const A* const grad = static_cast<const A*>(a.grad_rows) + a.images * level.start * a.padded_reduced();
+    for (int64_t from = begin, to; from < end; from = to) {
+      to = least(end, from + (group > 1 ? group : 1));
+      const int64_t pitch = (to - from) * strip, first = from * strip, last = least(to * strip, a.channels);
+      for (int64_t row = 0; row < a.reduced; row += kProjectBlock) {
+        const int64_t depth = least(kProjectBlock, a.reduced - row);
+        for (int64_t channel = first; channel < last; channel += strip) {
+          const T* const rows = weight + row * a.channels;
+          const T* next = rows + (channel + strip < last ? channel + strip : depth * a.channels + first);
+          const T* const stop = next + strip;
+          for (int64_t k = 0; k < depth; ++k) {
+            pack_strip(rows + k * a.channels + channel, last - channel, packed + k * strip);
+          }
+          for (int64_t q = 0; q < cells; q += kProjectRows) {
+            for (int64_t c = 0; c < strip; c += panel) {
+              const Ahead ahead = next < stop ? Ahead{next, a.channels * static_cast<int64_t>(sizeof(T))} : Ahead{packed, 0};
+              next += line;
+              multiply<A, kTileVectors>(least(kProjectRows, cells - q), grad + row * cells + q * kProjectBlock, kProjectBlock,
+                                        packed + c, strip, depth, row > 0, sums + q * pitch + channel - first + c, pitch,
+                                        ahead);
+            }
           }
         }
       }
-      for (int64_t q = 0; q < level.cells(); ++q) {
+      for (int64_t q = 0; q < cells; ++q) {
         T* const out = static_cast<T*>(a.d_pyramid) + level.row(q) * a.channels + first;
-        for_each_vector<T>(width, [&](int64_t c, auto part) { store(out + c, load(sums + q * kStrip<A> + c), part); });
+        for_each_vector<T>(last - first, [&](int64_t c, auto part) { store(out + c, load(sums + q * pitch + c), part); });
       }
     }
   });
@@ -362,7 +367,7 @@ void d_weight(const PyramidProjectBackward& a, int64_t begin, int64_t end, Accum
       }
       for (int64_t row = 0; row < a.reduced; row += kProjectRows) {
         const int64_t rows = least(kProjectRows, a.reduced - row);
-        for (int64_t q = 0; q == 0 || q < cells; q += kDepth) {
+        for (int64_t q = 0; q < cells; q += kDepth) {
           for (int64_t c = 0; c < kStrip<A>; c += panel) {
             multiply<A, kTileVectors>(rows, grad + row * cells + q, cells, packed + q * kStrip<A> + c, kStrip<A>,
                                       least(kDepth, cells - q), q > 0, sums + c, kStrip<A>, Ahead{packed, 0});

@@ -67,8 +67,7 @@ class Layout {
       first_cell += b * b;
     }
     return {dtype, reduced, total_channels_, height, width, levels_.data(), static_cast<int64_t>(levels_.size()),
-            first_cell, (reduced + kUpsampleBlock - 1) / kUpsampleBlock,
-            (width + kUpsampleBlock - 1) / kUpsampleBlock * kUpsampleBlock};
+            first_cell, whole_blocks(width) * kChannelBlock};
   }
 
   int64_t x_first_channel() const { return x_first_channel_; }
@@ -81,16 +80,6 @@ class Layout {
   std::vector<UpsampleLevel> levels_;
 };
 
-template <class Kernel, class Arguments>
-void run(Kernel kernel, const Arguments& a, int64_t units, int64_t elements_per_unit, int64_t scratch) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(elements_per_unit, 1));
-  const int64_t bytes = scratch * static_cast<int64_t>(a.dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
-    kernel(a, begin, end, memory.as<void>());
-  });
-}
-
 // Elements for one block of planes: the cells, and the rows of cells stretched to the width of the map.
 int64_t planes_scratch(const UpsampleConcat& a) {
   int64_t most = 0;
@@ -98,7 +87,7 @@ int64_t planes_scratch(const UpsampleConcat& a) {
     const int64_t b = a.levels[k].bins;
     most = std::max(most, b * b + b * a.pitch + a.pitch);
   }
-  return most * kUpsampleBlock;
+  return most * kChannelBlock;
 }
 
 // x's planes stand together in both tensors: threads copy equal runs of planes.
@@ -149,13 +138,13 @@ Tensor upsample_concat_forward_cpu(const Tensor& x, const Tensor& pyramid, const
     for (const int64_t b : bins) {
       columns += b * reduced;
     }
-    run(PSPNET_FAST_KERNEL(upsample_concat_pixels), a, n * height * width, a.total_channels, columns);
+    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_pixels), a, n * height * width, a.total_channels, columns);
   } else {
     if (with_x) {
       copy_planes(x, out, a.x_first_channel);
     }
-    run(PSPNET_FAST_KERNEL(upsample_concat_planes), a, n * a.level_count * a.blocks, kUpsampleBlock * height * width,
-        planes_scratch(a));
+    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_planes), a, n * a.level_count * whole_blocks(reduced),
+               kChannelBlock * height * width, planes_scratch(a));
   }
   return out;
 }
@@ -182,12 +171,12 @@ Tensor upsample_concat_backward_cpu(const Tensor& grad, int64_t channels, const 
   }
   const UpsampleConcatBackward a{layout.over(dtype_of(grad), reduced, height, width, align_corners),
                                  grad.const_data_ptr(), out.mutable_data_ptr()};
-  const int64_t units = n * a.level_count * a.blocks, elements = kUpsampleBlock * height * width;
+  const int64_t units = n * a.level_count * whole_blocks(reduced), elements = kChannelBlock * height * width;
   if (channels_last) {
     const int64_t b = *std::max_element(bins.begin(), bins.end());
-    run(PSPNET_FAST_KERNEL(upsample_concat_pixels_backward), a, units, elements, (b * b + b) * a.blocks * kUpsampleBlock);
+    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_pixels_backward), a, units, elements, (b * b + b) * reduced);
   } else {
-    run(PSPNET_FAST_KERNEL(upsample_concat_planes_backward), a, units, elements, planes_scratch(a));
+    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_planes_backward), a, units, elements, planes_scratch(a));
   }
   return out;
 }

@@ -23,15 +23,12 @@ struct UpsampleLevel {
   TapAxis rows, columns;
 };
 
-constexpr int64_t kUpsampleBlock = 16;  // channels that one unit of work owns, whatever the width of the vectors
-
 struct UpsampleConcat {
   Dtype dtype;
   int64_t reduced, total_channels, height, width;
   const UpsampleLevel* levels;
   int64_t level_count, cell_count;
-  int64_t blocks;  // of channels, in a level
-  int64_t pitch;   // width, rounded up to whole vectors
+  int64_t pitch;  // the width, rounded up to whole vectors
 };
 
 struct UpsampleConcatForward : UpsampleConcat {
@@ -46,8 +43,8 @@ struct UpsampleConcatBackward : UpsampleConcat {
   void* out;
 };
 
-// `scratch` has the accumulator's type. Units of work [begin, end): for _planes and both backward kernels blocks of
-// channels, level after level, image after image; for _pixels the pixels, image after image.
+// _planes for NCHW, _pixels for channels_last. Units [begin, end) are blocks of channels, level after level, image after
+// image; for upsample_concat_pixels, pixels. `scratch` has the accumulator's type.
 PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
 PSPNET_FAST_DECLARE_KERNEL(upsample_concat_pixels, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
 PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes_backward, const UpsampleConcatBackward& a, int64_t begin, int64_t end,

@@ -1,8 +1,8 @@
 // The kernels of upsample_concat, compiled once for each instruction set (vec.h).
 #pragma once
 
+#include "cpu/planes.h"
 #include "cpu/upsample_concat.h"
-#include "cpu/vec.h"
 
 namespace pspnet_fast {
 namespace {
@@ -12,17 +12,20 @@ inline V blend(V lower, V upper, A fraction) {
   return fma(splat(fraction), upper, splat(1 - fraction) * lower);
 }
 
-// Calls body(n, level, first channel, channels) for every stretch of at most `most` channels in units [begin, end).
-template <class Body>
-inline void for_each_stretch(const UpsampleConcat& a, int64_t begin, int64_t end, int64_t most, Body body) {
-  while (begin < end) {
-    const int64_t group = begin / a.blocks, stop = (group + 1) * a.blocks < end ? (group + 1) * a.blocks : end;
-    const int64_t after = (stop - group * a.blocks) * kUpsampleBlock, last = after < a.reduced ? after : a.reduced;
-    for (int64_t r = (begin - group * a.blocks) * kUpsampleBlock; r < last; r += most) {
-      body(group / a.level_count, a.levels[group % a.level_count], r, r + most < last ? most : last - r);
-    }
-    begin = stop;
+inline const TapRun& run_of(const TapAxis& axis, int64_t pixel) {
+  const TapRun* run = axis.runs;
+  while (run->end <= pixel) {
+    ++run;
   }
+  return *run;
+}
+
+// Calls body(n, level, first channel, count) for stretches of at most `most` channels of a level.
+template <class Body>
+inline void for_each_level_stretch(const UpsampleConcat& a, int64_t begin, int64_t end, int64_t most, Body body) {
+  for_each_stretch(begin, end, a.reduced, most, [&](int64_t group, int64_t r, int64_t count) {
+    body(group / a.level_count, a.levels[group % a.level_count], r, count);
+  });
 }
 
 // Grid     one block of a level's channels of one image, `planes` <= a vector's lanes of them
@@ -35,30 +38,23 @@ void forward_planes(const UpsampleConcatForward& a, int64_t n, const UpsampleLev
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t b = level.bins, plane_size = a.height * a.width;
-  A* const rows = scratch;                        // [b][lanes][pitch]
-  A* const cells = rows + b * lanes * a.pitch;    // [b * b][lanes]
+  A* const rows = scratch;                       // [b][lanes][pitch]
+  A* const cells = rows + b * lanes * a.pitch;   // [b * b][lanes]
   const T* const pyramid = static_cast<const T*>(a.pyramid) + (n * a.cell_count + level.first_cell) * a.reduced + r;
   for (int64_t cell = 0; cell < b * b; ++cell) {
     store(cells + cell * lanes, load(pyramid + cell * a.reduced, planes));
   }
   for (int64_t i = 0; i < b; ++i) {
     const TapRun* run = level.columns.runs;
-    for (int64_t w = 0; w < a.width; w += lanes) {
-      Vec<A> tile[lanes];
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t column = w + lane < a.width ? w + lane : a.width - 1;
-        run += column == run->end;
-        tile[lane] = blend(load(cells + (i * b + run->lower) * lanes), load(cells + (i * b + run->upper) * lanes),
-                           static_cast<A>(level.columns.fraction[column]));
-      }
-      transpose<A>(tile);
-      for (int64_t plane = 0; plane < lanes; ++plane) {
-        store(rows + (i * lanes + plane) * a.pitch + w, tile[plane]);
-      }
-    }
+    const auto column = [&](int64_t w) {
+      run += w == run->end;
+      return blend(load(cells + (i * b + run->lower) * lanes), load(cells + (i * b + run->upper) * lanes),
+                   static_cast<A>(level.columns.fraction[w]));
+    };
+    columns_to_rows(column, a.width, rows + i * lanes * a.pitch, a.pitch);
   }
 
-  const int64_t vectors = (a.width + lanes - 1) / lanes, room = plane_size - vectors * lanes;
+  const int64_t whole = (a.width + lanes - 1) / lanes * lanes;
   for (int64_t plane = 0; plane < planes; ++plane) {
     T* const out = static_cast<T*>(a.out) + (n * a.total_channels + level.first_channel + r + plane) * plane_size;
     for (int64_t i = 0; i < level.rows.run_count; ++i) {
@@ -68,7 +64,7 @@ void forward_planes(const UpsampleConcatForward& a, int64_t n, const UpsampleLev
       for (int64_t h = run.begin; h < run.end; ++h) {
         const A fraction = static_cast<A>(level.rows.fraction[h]);
         // Rows are written in order: what spills over a row's end is overwritten by the next row.
-        for_each_vector<T>(h * a.width <= room ? vectors * lanes : a.width, [&](int64_t w, auto part) {
+        for_each_vector<T>(h * a.width + whole <= plane_size ? whole : a.width, [&](int64_t w, auto part) {
           store(out + h * a.width + w, blend(load(lower + w), load(upper + w), fraction), part);
         });
       }
@@ -77,8 +73,8 @@ void forward_planes(const UpsampleConcatForward& a, int64_t n, const UpsampleLev
 }
 
 // Grid     pixels [begin, end), image after image
-// Tile     at the start of each row of pixels, every level's two rows of cells blended to one; then pixel by pixel, all
-//          channels in the order they stand in memory
+// Tile     at the start of each row of pixels, every level's two rows of cells blended to one; then, pixel by pixel, x's
+//          channels copied and every level's blended from two columns of that row
 // Traffic  x read once, the concatenation written once
 template <class T>
 void forward_pixels(const UpsampleConcatForward& a, int64_t begin, int64_t end, Accumulator<T>* columns) {
@@ -88,13 +84,10 @@ void forward_pixels(const UpsampleConcatForward& a, int64_t begin, int64_t end, 
     A* blended = columns;  // level by level [b][reduced]
     for (int64_t k = 0; k < a.level_count; ++k) {
       const UpsampleLevel& level = a.levels[k];
-      const TapRun* run = level.rows.runs;
-      while (run->end <= h) {
-        ++run;
-      }
+      const TapRun& run = run_of(level.rows, h);
       const T* const pyramid = static_cast<const T*>(a.pyramid) + (n * a.cell_count + level.first_cell) * a.reduced;
-      const T* const lower = pyramid + run->lower * level.bins * a.reduced;
-      const T* const upper = pyramid + run->upper * level.bins * a.reduced;
+      const T* const lower = pyramid + run.lower * level.bins * a.reduced;
+      const T* const upper = pyramid + run.upper * level.bins * a.reduced;
       const A fraction = static_cast<A>(level.rows.fraction[h]);
       for_each_vector<T>(level.bins * a.reduced, [&](int64_t i, auto part) {
         store(blended + i, blend(load(lower + i, part), load(upper + i, part), fraction), part);
@@ -111,12 +104,9 @@ void forward_pixels(const UpsampleConcatForward& a, int64_t begin, int64_t end, 
       const A* level_columns = columns;
       for (int64_t k = 0; k < a.level_count; ++k) {
         const UpsampleLevel& level = a.levels[k];
-        const TapRun* run = level.columns.runs;
-        while (run->end <= w) {
-          ++run;
-        }
-        const A* const lower = level_columns + run->lower * a.reduced;
-        const A* const upper = level_columns + run->upper * a.reduced;
+        const TapRun& run = run_of(level.columns, w);
+        const A* const lower = level_columns + run.lower * a.reduced;
+        const A* const upper = level_columns + run.upper * a.reduced;
         const A fraction = static_cast<A>(level.columns.fraction[w]);
         for_each_vector<T>(a.reduced, [&](int64_t i, auto part) {
           store(out + level.first_channel + i, blend(load(lower + i, part), load(upper + i, part), fraction), part);
@@ -161,10 +151,10 @@ void backward_planes(const UpsampleConcatBackward& a, int64_t n, const UpsampleL
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t b = level.bins, plane_size = a.height * a.width;
-  A* const rows = scratch;                          // [b][lanes][pitch]
-  A* const cells = rows + b * lanes * a.pitch;      // [b * b][lanes]
-  A* const columns = cells + b * b * lanes;         // [pitch][lanes]
-  for_each_vector<A>((b * a.pitch + b * b) * lanes, [&](int64_t i, auto) { store(rows + i, Vec<A>{}); });
+  A* const rows = scratch;                       // [b][lanes][pitch]
+  A* const cells = rows + b * lanes * a.pitch;   // [b * b][lanes]
+  A* const columns = cells + b * b * lanes;      // [pitch][lanes]
+  for_each_vector<A>((b * a.pitch + b * b) * lanes, [&](int64_t i, auto part) { store(rows + i, Vec<A>{}, part); });
 
   const T* const grad = static_cast<const T*>(a.grad) + (n * a.total_channels + level.first_channel + r) * plane_size;
   for (int64_t plane = 0; plane < planes; ++plane) {
@@ -183,16 +173,7 @@ void backward_planes(const UpsampleConcatBackward& a, int64_t n, const UpsampleL
   }
 
   for (int64_t i = 0; i < b; ++i) {
-    for (int64_t w = 0; w < a.width; w += lanes) {
-      Vec<A> tile[lanes];
-      for (int64_t plane = 0; plane < lanes; ++plane) {
-        tile[plane] = load(rows + (i * lanes + plane) * a.pitch + w);
-      }
-      transpose<A>(tile);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        store(columns + (w + lane) * lanes, tile[lane]);
-      }
-    }
+    rows_to_columns(rows + i * lanes * a.pitch, a.pitch, planes, a.width, columns);
     for (int64_t j = 0; j < level.columns.run_count; ++j) {
       const TapRun& run = level.columns.runs[j];
       Vec<A> low{}, high{};
@@ -240,8 +221,8 @@ void backward_pixels(const UpsampleConcatBackward& a, int64_t n, const UpsampleL
                      Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   const int64_t b = level.bins;
-  A* const cells = scratch;                     // [b * b][count]
-  A* const columns = cells + b * b * count;     // [b][count]
+  A* const cells = scratch;                   // [b * b][count]
+  A* const columns = cells + b * b * count;   // [b][count]
   for_each_vector<A>(b * b * count, [&](int64_t i, auto part) { store(cells + i, Vec<A>{}, part); });
 
   const T* const grad = static_cast<const T*>(a.grad) + n * a.height * a.width * a.total_channels + level.first_channel + r;
@@ -288,7 +269,7 @@ namespace PSPNET_FAST_CAPABILITY {
 void upsample_concat_planes(const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    for_each_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
+    for_each_level_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
       forward_planes<T>(a, n, level, r, planes, static_cast<Accumulator<T>*>(scratch));
     });
   });
@@ -304,7 +285,7 @@ void upsample_concat_pixels(const UpsampleConcatForward& a, int64_t begin, int64
 void upsample_concat_planes_backward(const UpsampleConcatBackward& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    for_each_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
+    for_each_level_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
       backward_planes<T>(a, n, level, r, planes, static_cast<Accumulator<T>*>(scratch));
     });
   });
@@ -313,7 +294,7 @@ void upsample_concat_planes_backward(const UpsampleConcatBackward& a, int64_t be
 void upsample_concat_pixels_backward(const UpsampleConcatBackward& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    for_each_stretch(a, begin, end, a.reduced, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t count) {
+    for_each_level_stretch(a, begin, end, a.reduced, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t count) {
       backward_pixels<T>(a, n, level, r, count, static_cast<Accumulator<T>*>(scratch));
     });
   });

@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/kernel.h"
 
@@ -78,25 +79,10 @@ inline V fma(V a, V b, V c) {
   return a * b + c;  // one instruction where there is one: compilers contract within an expression
 }
 
-template <class V>
-inline V max(V a, V b) {
-  return a > b ? a : b;
-}
-
 // max(v, 0) that keeps NaN.
 template <class V>
 inline V relu(V v) {
   return v < V{} ? V{} : v;
-}
-
-template <class V>
-inline auto sum(V v) {
-  constexpr int lanes = sizeof(v) / sizeof(v[0]);
-  auto total = v[0];
-  for (int lane = 1; lane < lanes; ++lane) {
-    total += v[lane];
-  }
-  return total;
 }
 
 // ---- load: one vector of elements, unaligned ------------------------------------------------------------------------
@@ -262,33 +248,16 @@ inline void for_each_vector(int64_t length, Body body) {
 
 // ---- transpose: lane j of row i becomes lane i of row j -------------------------------------------------------------
 
-template <class A>
-struct Interleave {
-  template <int... I>
-  static Vec<A> pick(Vec<A> a, Vec<A> b) {
+// a0 b0 a1 b1 ... , from lane `first` of both on.
+template <int first, class A, int... lane>
+inline Vec<A> interleave(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
-    return __builtin_shufflevector(a, b, I...);
+  return __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * kLanes<A>)...);
 #else
-    using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-    return __builtin_shuffle(a, b, Vec<Index>{I...});
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, Vec<Index>{(first + lane / 2 + lane % 2 * kLanes<A>)...});
 #endif
-  }
-  // a0 b0 a1 b1 ... from lane `first` on.
-  template <int first>
-  static Vec<A> from(Vec<A> a, Vec<A> b) {
-    constexpr int n = kLanes<A>, f = first;
-    if constexpr (n == 2) {
-      return pick<f, n + f>(a, b);
-    } else if constexpr (n == 4) {
-      return pick<f, n + f, f + 1, n + f + 1>(a, b);
-    } else if constexpr (n == 8) {
-      return pick<f, n + f, f + 1, n + f + 1, f + 2, n + f + 2, f + 3, n + f + 3>(a, b);
-    } else {
-      return pick<f, n + f, f + 1, n + f + 1, f + 2, n + f + 2, f + 3, n + f + 3, f + 4, n + f + 4, f + 5, n + f + 5,
-                  f + 6, n + f + 6, f + 7, n + f + 7>(a, b);
-    }
-  }
-};
+}
 
 template <class A>
 inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
@@ -296,8 +265,8 @@ inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
   for (int stage = 1; stage < lanes; stage *= 2) {
     Vec<A> next[lanes];
     for (int i = 0; i < half; ++i) {
-      next[2 * i] = Interleave<A>::template from<0>(rows[i], rows[i + half]);
-      next[2 * i + 1] = Interleave<A>::template from<half>(rows[i], rows[i + half]);
+      next[2 * i] = interleave<0, A>(rows[i], rows[i + half], std::make_integer_sequence<int, lanes>());
+      next[2 * i + 1] = interleave<half, A>(rows[i], rows[i + half], std::make_integer_sequence<int, lanes>());
     }
     for (int i = 0; i < lanes; ++i) {
       rows[i] = next[i];

@@ -1,0 +1,1 @@
+#include "cpu/pyramid_norm_kernels.h"

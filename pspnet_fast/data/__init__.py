@@ -1,0 +1,1 @@
+"""Class tables, and pictures that the project draws itself."""

@@ -1,0 +1,123 @@
+"""`make demo`: PSPNet on a picture, once with the PPM in plain PyTorch and once on the kernels, compared and timed.
+
+The network is untrained: what is shown is that both compute the same, and what each stage costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .backends import choose
+from .data.classes import CLASSES
+from .data.picture import draw_street
+from .models.pspnet import PSPNet
+from .predict import Protocol, network_input, predict_file, read_picture, to_pixels
+from .testing import PlainPPM
+
+CROP = 473
+Stage = Callable[[torch.Tensor], torch.Tensor]
+
+
+def calibrate(net: PSPNet, images: torch.Tensor) -> None:
+    """Set every batch norm's running statistics to those of `images`, so that an untrained network's activations are sane."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    net.train()
+    with torch.no_grad():
+        net(images)
+    net.eval()
+
+
+def stages(net: PSPNet, ppm: nn.Module) -> dict[str, Stage]:
+    """The network in evaluation, cut into pieces that are timed."""
+    return {
+        "backbone (ResNet, output stride 8)": lambda x: net.features(x)[1],
+        "pyramid pooling module": ppm,
+        "bottleneck 3x3 and classifier": net.cls,
+        "upsampling of the logits": lambda x: F.interpolate(x, (CROP, CROP), mode="bilinear", align_corners=True),
+    }
+
+
+def compare(
+    plain: dict[str, Stage], ours: dict[str, Stage], x: torch.Tensor, repeats: int
+) -> tuple[dict[str, tuple[float, float]], torch.Tensor, torch.Tensor]:
+    """Median seconds of every stage, plain and ours, taking turns; and both results."""
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in plain}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):  # the first one warms up
+            values = [x, x]
+            for name in plain:
+                for i, side in enumerate((plain, ours)):
+                    start = time.perf_counter()
+                    values[i] = side[name](values[i])
+                    if turn:
+                        seconds[name][i].append(time.perf_counter() - start)
+    medians = {name: (statistics.median(a), statistics.median(b)) for name, (a, b) in seconds.items()}
+    return medians, values[0], values[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demonstration; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m pspnet_fast.demo", description=__doc__)
+    parser.add_argument("--image", type=Path, help="a picture of yours, instead of the one that the project draws")
+    parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each stage is timed (default 5)")
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="default: build/demo")
+    args = parser.parse_args(argv)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.image
+    if path is None:
+        path = args.output / "street.png"
+        draw_street().save(path)
+
+    torch.manual_seed(0)
+    classes = CLASSES["ade20k"]
+    net = PSPNet(layers=args.layers, classes=len(classes.names))
+    x = _crop(path)
+    calibrate(net, torch.cat([x, x.flip(3)]))
+    plain_ppm = PlainPPM(net.channels[1], net.channels[1] // 4).eval()
+    plain_ppm.load_state_dict(net.ppm.state_dict())
+
+    medians, plain, ours = compare(stages(net, plain_ppm), stages(net, net.ppm), x, args.repeats)
+    _print(medians, plain, ours, args.layers, choose("pyramid_pool", "forward", x)[0])
+    predict_file(net, path, args.output, classes, Protocol(crop=CROP))
+    print(f"\nPictures, by the untrained network (its labels mean nothing): {args.output}/{path.stem}_*.png")
+    return 0
+
+
+def _crop(path: Path) -> torch.Tensor:
+    """The picture as one normalised crop (1, 3, 473, 473)."""
+    pixels = to_pixels(read_picture(path).resize((CROP, CROP)), torch.device("cpu"))
+    return network_input(pixels.float())[None]
+
+
+def _print(
+    medians: dict[str, tuple[float, float]], plain: torch.Tensor, ours: torch.Tensor, layers: int, backend: str
+) -> None:
+    print(f"PSPNet-{layers}, 150 classes, 1x3x{CROP}x{CROP}, float32, CPU, {torch.get_num_threads()} threads")
+    print("plain: adaptive_avg_pool2d, conv2d, batch_norm, relu, interpolate, cat, in eager PyTorch")
+    print(f"ours:  pspnet_fast on its {backend!r} backend\n")
+    print(f"{'stage':36}{'plain':>10}{'ours':>10}{'ratio':>8}")
+    total = tuple(sum(column) for column in zip(*medians.values(), strict=True))
+    for name, (theirs, mine) in [*medians.items(), ("all", (total[0], total[1]))]:
+        print(f"{name:36}{1e3 * theirs:7.1f} ms{1e3 * mine:7.1f} ms{theirs / mine:7.2f}x")
+    largest = (plain - ours).abs().max().item()
+    same = (plain.argmax(1) == ours.argmax(1)).float().mean().item()
+    print(f"\nlargest difference of the logits  {largest:.1e}, of values up to {plain.abs().max().item():.1f}")
+    print(f"pixels with the same label        {100 * same:.3f} %")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
