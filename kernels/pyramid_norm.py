@@ -266,16 +266,15 @@ def _compile_cases() -> Iterator[CompileCase]:
     types = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     for dtype in (torch.bfloat16, torch.float32):
         case = partial(compile_case, dtype=dtype, divisible=("R",), **types)
-        sums, elements = SUM_TILES[dtype.itemsize], ELEMENT_TILES[dtype.itemsize]
-        options: dict[str, Any] = {"BINS": (1, 2, 3, 6), **sums.blocks}
-        yield case(_pyramid_norm_statistics_kernel, constexprs=options, num_warps=sums.num_warps)
-        options["RELU"] = True
-        yield case(_pyramid_norm_sums_kernel, constexprs=options, num_warps=sums.num_warps)
-        options |= elements.blocks
-        yield case(_pyramid_norm_forward_kernel, constexprs=options, num_warps=elements.num_warps)
-        yield case(_pyramid_norm_backward_kernel, constexprs=options, num_warps=elements.num_warps)
-        options |= {"RELU": False, "mean_grad_ptr": None, "mean_grad_normal_ptr": None}
-        yield case(_pyramid_norm_backward_kernel, constexprs=options, num_warps=elements.num_warps)
+        bins = {"BINS": (1, 2, 3, 6)}
+        relu, tile = bins | {"RELU": True}, SUM_TILES[dtype.itemsize]
+        yield case(_pyramid_norm_statistics_kernel, constexprs=bins | tile.blocks, num_warps=tile.num_warps)
+        yield case(_pyramid_norm_sums_kernel, constexprs=relu | tile.blocks, num_warps=tile.num_warps)
+        tile = ELEMENT_TILES[dtype.itemsize]
+        evaluation = relu | {"mean_grad_ptr": None, "mean_grad_normal_ptr": None}
+        yield case(_pyramid_norm_forward_kernel, constexprs=relu | tile.blocks, num_warps=tile.num_warps)
+        for options in (relu, evaluation):
+            yield case(_pyramid_norm_backward_kernel, constexprs=options | tile.blocks, num_warps=tile.num_warps)
 
 
 COMPILE_CASES = [*_compile_cases()]

@@ -23,7 +23,6 @@ from .models.pspnet import PSPNet
 from .predict import Protocol, network_input, predict_file, read_picture, to_pixels
 from .testing import PlainPPM
 
-CROP = 473
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -39,13 +38,13 @@ def calibrate(net: PSPNet, images: torch.Tensor) -> None:
     net.eval()
 
 
-def stages(net: PSPNet, ppm: nn.Module) -> dict[str, Stage]:
+def stages(net: PSPNet, ppm: nn.Module, crop: int) -> dict[str, Stage]:
     """The network in evaluation, cut into pieces that are timed."""
     return {
         "backbone (ResNet, output stride 8)": lambda x: net.features(x)[1],
         "pyramid pooling module": ppm,
         "bottleneck 3x3 and classifier": net.cls,
-        "upsampling of the logits": lambda x: F.interpolate(x, (CROP, CROP), mode="bilinear", align_corners=True),
+        "upsampling of the logits": lambda x: F.interpolate(x, (crop, crop), mode="bilinear", align_corners=True),
     }
 
 
@@ -72,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pspnet_fast.demo", description=__doc__)
     parser.add_argument("--image", type=Path, help="a picture of yours, instead of the one that the project draws")
     parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
+    parser.add_argument("--crop", type=int, default=473, help="side of the input in pixels (default 473)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each stage is timed (default 5)")
     parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="default: build/demo")
     args = parser.parse_args(argv)
@@ -85,28 +85,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     classes = CLASSES["ade20k"]
     net = PSPNet(layers=args.layers, classes=len(classes.names))
-    x = _crop(path)
+    x = _input(path, args.crop)
     calibrate(net, torch.cat([x, x.flip(3)]))
     plain_ppm = PlainPPM(net.channels[1], net.channels[1] // 4).eval()
     plain_ppm.load_state_dict(net.ppm.state_dict())
 
-    medians, plain, ours = compare(stages(net, plain_ppm), stages(net, net.ppm), x, args.repeats)
+    medians, plain, ours = compare(stages(net, plain_ppm, args.crop), stages(net, net.ppm, args.crop), x, args.repeats)
     _print(medians, plain, ours, args.layers, choose("pyramid_pool", "forward", x)[0])
-    predict_file(net, path, args.output, classes, Protocol(crop=CROP))
+    predict_file(net, path, args.output, classes, Protocol(crop=args.crop, base_size=args.crop))
     print(f"\nPictures, by the untrained network (its labels mean nothing): {args.output}/{path.stem}_*.png")
     return 0
 
 
-def _crop(path: Path) -> torch.Tensor:
-    """The picture as one normalised crop (1, 3, 473, 473)."""
-    pixels = to_pixels(read_picture(path).resize((CROP, CROP)), torch.device("cpu"))
+def _input(path: Path, crop: int) -> torch.Tensor:
+    """The picture, squeezed to a square and normalised: (1, 3, crop, crop)."""
+    pixels = to_pixels(read_picture(path).resize((crop, crop)), torch.device("cpu"))
     return network_input(pixels.float())[None]
 
 
 def _print(
     medians: dict[str, tuple[float, float]], plain: torch.Tensor, ours: torch.Tensor, layers: int, backend: str
 ) -> None:
-    print(f"PSPNet-{layers}, 150 classes, 1x3x{CROP}x{CROP}, float32, CPU, {torch.get_num_threads()} threads")
+    size = "x".join(map(str, plain.shape[2:]))
+    print(f"PSPNet-{layers}, 150 classes, 1x3x{size}, float32, CPU, {torch.get_num_threads()} threads")
     print("plain: adaptive_avg_pool2d, conv2d, batch_norm, relu, interpolate, cat, in eager PyTorch")
     print(f"ours:  pspnet_fast on its {backend!r} backend\n")
     print(f"{'stage':36}{'plain':>10}{'ours':>10}{'ratio':>8}")

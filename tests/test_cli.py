@@ -31,10 +31,10 @@ def test_predict_a_folder(pictures, tmp_path, capsys):
     assert "2 of 2 pictures predicted" in capsys.readouterr().out
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"p{i}_{kind}.png" for i in range(2) for kind in ("labels", "colour", "overlay")}
-    labels = Image.open(tmp_path / "out" / "p0_labels.png")
-    assert labels.mode == "L"
-    assert labels.size == (40, 30)
-    assert np.asarray(labels).max() < 21
+    with Image.open(tmp_path / "out" / "p0_labels.png") as labels:
+        assert labels.mode == "L"
+        assert labels.size == (40, 30)
+        assert np.asarray(labels).max() < 21
 
 
 def test_a_corrupt_picture_is_named_and_the_rest_goes_on(pictures, tmp_path, capsys):

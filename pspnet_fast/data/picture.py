@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -23,8 +23,8 @@ def _smooth_noise(random: np.random.Generator, height: int, width: int, cells: i
     from PIL import Image
 
     coarse = random.random((max(2, cells * height // width), cells)).astype(np.float32)
-    fine: np.ndarray = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return np.clip(fine, 0, 1)
+    fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return cast("np.ndarray", np.asarray(fine).clip(0, 1))
 
 
 def _sky(random: np.random.Generator, height: int, width: int) -> np.ndarray:

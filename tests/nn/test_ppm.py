@@ -157,6 +157,21 @@ def test_half_precision_and_memory_format():
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    testing.unavailable("pyramid_norm", "cpu") is not None, reason="the compiled extension is not built"
+)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+def test_memory_beyond_the_output(memory_format):
+    """At evaluation on a 473 crop: the output and less than 5 MB. Plain PyTorch holds every upsampled level besides."""
+    ours, plain = pair(in_dim=2048, reduction_dim=512)
+    x = torch.randn(1, 2048, 60, 60).contiguous(memory_format=memory_format)
+    output = 2 * x.nbytes
+    with torch.inference_mode():
+        peaks = [testing.peak_memory(lambda module=module: module.eval()(x), "cpu") for module in (ours, plain)]
+    assert output <= peaks[0] < output + 5e6
+    assert peaks[1] > output + 20e6
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_autocast(training):
     ours, plain = pair()
