@@ -83,8 +83,8 @@ inline bool check_is_channels_last(const char* op, const char* name, const Tenso
   if (x.is_contiguous()) {
     return false;
   }
-  check(has_strides(x, {h * w * c, 1, w * c, c}), op, name, " must be dense in NCHW or channels_last order, got strides ",
-        to_string(x.strides().data(), x.strides().size()));
+  check(has_strides(x, {h * w * c, 1, w * c, c}), op, name,
+        " must be dense in NCHW or channels_last order, got strides ", to_string(x.strides().data(), 4));
   return true;
 }
 

@@ -67,8 +67,8 @@ STABLE_TORCH_LIBRARY(pspnet_fast_native, m) {
         " -> Tensor");
   m.def("pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd, bool relu)"
         " -> (Tensor, Tensor)");
-  m.def("pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd, Tensor weight,"
-        " bool relu, Tensor? mean_grad, Tensor? mean_grad_normal) -> Tensor");
+  m.def("pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd,"
+        " Tensor weight, bool relu, Tensor? mean_grad, Tensor? mean_grad_normal) -> Tensor");
 
   m.def("upsample_concat_forward(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor");
   m.def("upsample_concat_backward(Tensor grad, int channels, int[] bins, int[] order, bool align_corners) -> Tensor");

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import CompileCase, compile_case, on_device, refuses
-from .geometry import device_function, round_to
+from .geometry import device_function, round_to, tiles
 from .pyramid_project import level_bins, level_factors, level_rows
 
 
@@ -63,16 +63,15 @@ def _pyramid_norm_statistics_kernel(
     level = tl.program_id(1)
     bins, _ = level_bins(level, BINS)
     count = N * bins * bins
-    tiles = tl.cdiv(count, BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(0, tiles(count, BLOCK_M)):
         row, row_mask = level_rows(level, tile, N, BINS, BLOCK_M)
         mask = row_mask[:, None] & r_mask[None, :]
         total += tl.load(y_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = _sum_rows(total, BLOCK_M, BLOCK_R) / count
     total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(0, tiles(count, BLOCK_M)):
         row, row_mask = level_rows(level, tile, N, BINS, BLOCK_M)
         mask = row_mask[:, None] & r_mask[None, :]
         y = tl.load(y_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -125,7 +124,7 @@ def _pyramid_norm_sums_kernel(
     mean = tl.load(mean_ptr + level * R + r, mask=r_mask, other=0.0)
     total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     total_normal = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for tile in range(0, tl.cdiv(N * bins * bins, BLOCK_M)):
+    for tile in range(0, tiles(N * bins * bins, BLOCK_M)):
         row, row_mask = level_rows(level, tile, N, BINS, BLOCK_M)
         at = row[:, None] * R + r[None, :]
         mask = row_mask[:, None] & r_mask[None, :]

@@ -32,9 +32,10 @@ from .geometry import (
 )
 
 # Where no number up to MOST_UNITS is a multiple of all bins, the forward pass is one for each group of bins that have
-# such a number (or share a larger bin), and the backward pass takes every pixel for a block. Fewer than LEAST_UNITS
-# would leave too few programs.
-MOST_UNITS, LEAST_UNITS = 12, 6
+# such a number (or share a larger bin), and the backward pass takes every pixel for a block.
+MOST_UNITS = 12
+# Pixels along a segment; a longer one is cut, by a multiple of its units, for enough programs.
+LONGEST = 16
 
 
 class _Axis(NamedTuple):
@@ -50,7 +51,7 @@ class _Axis(NamedTuple):
 
 
 def _axis(size: int, units: int, longest: int) -> _Axis:
-    units *= max(triton.cdiv(LEAST_UNITS, units), triton.cdiv(size, units * longest))
+    units *= triton.cdiv(size, units * longest)
     if size < 2 * units - 1:
         return _Axis(size, size, 0)  # each pixel is a segment
     return _Axis(size, units, int(size % units != 0))
@@ -107,8 +108,8 @@ def _pyramid_pool_forward_channels_last_kernel(
     """Sums of blocks, channels_last.
 
     Grid: one program owns BLOCK_C channels of one block of one image.
-    Tile: BLOCK_P pixels x BLOCK_C channels; it walks the block's pixels row by row.
-    Traffic: reads x; writes N * blocks * C float32 (36 to 121 blocks for bins 1, 2, 3, 6).
+    Tile: BLOCK_C channels x BLOCK_P pixels; it walks the block's pixels row by row.
+    Traffic: reads x; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and 60 or 61 pixels).
     """
     n, c = _channels(C, BLOCK_C)
     h_id = tl.program_id(1)
@@ -117,14 +118,14 @@ def _pyramid_pool_forward_channels_last_kernel(
     w_start = _edge(w_id, W, W_UNITS, W_SPLIT)
     width = _edge(w_id + 1, W, W_UNITS, W_SPLIT) - w_start
     pixels = (_edge(h_id + 1, H, H_UNITS, H_SPLIT) - h_start) * width
-    total = tl.full([BLOCK_P, BLOCK_C], 0, tl.float32)
+    total = tl.full([BLOCK_C, BLOCK_P], 0, tl.float32)
     for p_start in range(0, pixels, BLOCK_P):
         p = p_start + tl.arange(0, BLOCK_P)
         pixel = n * H * W + ((h_start + p // width) * W + w_start + p % width)
-        mask = (p < pixels)[:, None] & (c < C)[None, :]
-        total += tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=mask, other=0).to(tl.float32)
+        mask = (c < C)[:, None] & (p < pixels)[None, :]
+        total += tl.load(x_ptr + c[:, None] + (pixel * C)[None, :], mask=mask, other=0).to(tl.float32)
     block = (n * tl.num_programs(1) + h_id) * tl.num_programs(2) + w_id
-    tl.store(sums_ptr + block * C + c, tl.sum(total, 0), mask=c < C)
+    tl.store(sums_ptr + block * C + c, tl.sum(total, 1), mask=c < C)
 
 
 @triton.jit(do_not_specialize=[*_AXES, "PLANES", "W_VECTORS", "columns"])
@@ -136,7 +137,7 @@ def _pyramid_pool_forward_nchw_kernel(
 
     Grid: one program owns BLOCK_C planes, one segment of rows and `columns` segments of columns.
     Tile: BLOCK_C planes x BLOCK_W columns, summed over the rows, BLOCK_H at a time; then over each segment of columns.
-    Traffic: reads x; writes N * blocks * C float32 (36 to 121 blocks for bins 1, 2, 3, 6).
+    Traffic: reads x; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and 60 or 61 pixels).
     """
     W = W_VECTORS * VECTOR
     plane = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -176,7 +177,7 @@ def _pyramid_pool_forward_cells_kernel(
     """Means of cells from sums of blocks. Cells are counted through BINS; those of BINS[k] stand SHIFTS[k] rows later.
 
     Grid: one program owns BLOCK_C channels of one cell of one image.
-    Tile: BLOCK_B blocks x BLOCK_C channels; it walks the cell's blocks row by row.
+    Tile: BLOCK_C channels x BLOCK_B blocks; it walks the cell's blocks row by row.
     Traffic: reads the sums once a level (levels * N * blocks * C float32, cached); writes N * S * C.
     """
     n, c = _channels(C, BLOCK_C)
@@ -189,14 +190,14 @@ def _pyramid_pool_forward_cells_kernel(
     width = _end_segment(j, bins, W_UNITS, W_SPLIT) - w_first
     blocks = (_end_segment(i, bins, H_UNITS, H_SPLIT) - h_first) * width
     first = n * _segments(H_UNITS, H_SPLIT) + h_first
-    total = tl.full([BLOCK_B, BLOCK_C], 0, tl.float32)
+    total = tl.full([BLOCK_C, BLOCK_B], 0, tl.float32)
     for b_start in range(0, blocks, BLOCK_B):
         b = b_start + tl.arange(0, BLOCK_B)
         block = (first + b // width) * _segments(W_UNITS, W_SPLIT) + (w_first + b % width)
-        mask = (b < blocks)[:, None] & (c < C)[None, :]
-        total += tl.load(sums_ptr + block[:, None] * C + c[None, :], mask=mask, other=0)
+        mask = (c < C)[:, None] & (b < blocks)[None, :]
+        total += tl.load(sums_ptr + c[:, None] + (block * C)[None, :], mask=mask, other=0)
     area = (bin_end(i, H, bins) - bin_start(i, H, bins)) * (bin_end(j, W, bins) - bin_start(j, W, bins))
-    mean = tl.div_rn(tl.sum(total, 0), area.to(tl.float32))
+    mean = tl.div_rn(tl.sum(total, 1), area.to(tl.float32))
     for k in tl.static_range(len(BINS)):
         if SHIFTS[k] != 0:
             cell += tl.where(level == k, SHIFTS[k], 0)
@@ -326,7 +327,6 @@ def _nchw_tile(width: int, itemsize: int) -> dict[str, int]:
 CELLS_TILE = {"BLOCK_B": 32, "BLOCK_C": 64}
 BLOCKS_TILE = {"BLOCK_B": 8, "BLOCK_C": 64}
 CHANNELS_LAST_WARPS, NCHW_WARPS, CELLS_WARPS, BLOCKS_WARPS = 2, 4, 4, 4
-LONGEST = 64  # pixels along a segment
 
 
 def _block_sums(x: torch.Tensor, units: int) -> tuple[torch.Tensor, _Axis, _Axis]:

@@ -8,6 +8,8 @@ programs, too, whose parts `_pyramid_project_sum_kernel` adds in a fixed order.
 float32 keeps its full precision: its products (`input_precision="ieee"`) are the vector units', which read shared memory
 without conflicts only where the second operand runs along the result's second axis. So the forward's result is
 (R, rows), weights first, and a float32 pyramid is transposed before it.
+
+Past 300 lines: forward, its sum and the two gradients are one product in four arrangements, of the same helpers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import TRITON_NAMES, CompileCase, compile_case, on_device, refuses
-from .geometry import INTERPRETED, cell_count, device_function, level_of, level_starts, round_to
+from .geometry import INTERPRETED, cell_count, device_function, level_of, level_starts, round_to, tiles
 
 
 class Tile(NamedTuple):
@@ -70,11 +72,11 @@ def level_of_tile(tile, N, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tiles of BLOCK_M rows are counted level by level: the level of one, and which of the level's it is."""
     level = 0
     first = 0
-    tiles = 0
+    counted = 0
     for k in tl.static_range(len(BINS)):
-        level = tl.where(tile >= tiles, k, level)
-        first = tl.where(tile >= tiles, tiles, first)
-        tiles += tl.cdiv(N * BINS[k] * BINS[k], BLOCK_M)
+        level = tl.where(tile >= counted, k, level)
+        first = tl.where(tile >= counted, counted, first)
+        counted += tiles(N * BINS[k] * BINS[k], BLOCK_M)
     return level, tile - first
 
 
@@ -137,7 +139,7 @@ def _pyramid_project_forward_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     r_mask = r < R
     weight_rows = select(weight_ptrs, level) + r.to(tl.int64)[:, None] * C
-    per_split = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
+    per_split = tiles(C, BLOCK_C * SPLITS) * BLOCK_C
     first = tl.program_id(2) * per_split
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for c_start in range(first, tl.minimum(first + per_split, C), BLOCK_C):
@@ -221,7 +223,7 @@ def _pyramid_project_weight_gradient_kernel(
     c_mask = c < C
     bins, _ = level_bins(level, BINS)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for tile in range(0, tl.cdiv(N * bins * bins, BLOCK_M)):
+    for tile in range(0, tiles(N * bins * bins, BLOCK_M)):
         row, row_mask = level_rows(level, tile, N, BINS, BLOCK_M)
         g = tl.load(grad_ptr + row[None, :] * R + r[:, None], mask=r_mask[:, None] & row_mask[None, :], other=0.0)
         p = tl.load(pyramid_ptr + row[:, None] * C + c[None, :], mask=row_mask[:, None] & c_mask[None, :], other=0.0)
@@ -234,9 +236,9 @@ def pyramid_project_refuses(tensor: torch.Tensor, *_: Any) -> str | None:
     return refuses(tensor)
 
 
-def _tile(tiles: dict[int, tuple[Tile, ...]], pyramid: torch.Tensor, bins: Sequence[int]) -> Tile:
+def _tile(table: dict[int, tuple[Tile, ...]], pyramid: torch.Tensor, bins: Sequence[int]) -> Tile:
     rows = pyramid.shape[0] * max(bins) ** 2
-    return next(tile for tile in tiles[pyramid.element_size()] if rows <= tile.largest_level)
+    return next(tile for tile in table[pyramid.element_size()] if rows <= tile.largest_level)
 
 
 def _row_tiles(n: int, bins: Sequence[int], block: int) -> int:
@@ -256,9 +258,9 @@ def pyramid_project_forward(
     if out.numel() == 0:
         return out
     tile = _tile(FORWARD_TILES, pyramid, bins)
-    tiles, r_blocks = _row_tiles(n, bins, tile.m), triton.cdiv(reduced, tile.r)
+    row_tiles, r_blocks = _row_tiles(n, bins, tile.m), triton.cdiv(reduced, tile.r)
     splits = 1
-    while splits < MOST_SPLITS and splits * tile.c < c and splits * tiles * r_blocks < PROGRAMS:
+    while splits < MOST_SPLITS and splits * tile.c < c and splits * row_tiles * r_blocks < PROGRAMS:
         splits *= 2
     transposed = pyramid.dtype == torch.float32
     if transposed:
@@ -266,7 +268,7 @@ def pyramid_project_forward(
     sums = out if splits == 1 else out.new_empty(splits, n * s, reduced, dtype=torch.float32)
     options = {"BINS": tuple(bins), "RELU": relu, "SPLITS": splits}
     with on_device(pyramid):
-        _pyramid_project_forward_kernel[(tiles, r_blocks, splits)](
+        _pyramid_project_forward_kernel[(row_tiles, r_blocks, splits)](
             pyramid, tuple(weight), scale, shift, sums, n, c, reduced,
             TRANSPOSED=transposed, **options, **tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

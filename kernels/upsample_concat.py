@@ -122,14 +122,14 @@ def _upsample_concat_forward_channels_last_kernel(
         out = out_ptr + _first_channel(level, C, R, ORDER) + c
         h_lower, h_upper, h_weight = _tap(h, H, bins, ALIGN)
         image = n * cell_count(BINS) + start
-        upper_row = (image + h_lower * bins) * R + c
-        lower_row = (image + h_upper * bins) * R + c
-        left = (1 - h_weight) * _load_cells(pyramid_ptr, upper_row, c < R)
-        left += h_weight * _load_cells(pyramid_ptr, lower_row, c < R)
+        lower_row = (image + h_lower * bins) * R + c
+        upper_row = (image + h_upper * bins) * R + c
+        left = (1 - h_weight) * _load_cells(pyramid_ptr, lower_row, c < R)
+        left += h_weight * _load_cells(pyramid_ptr, upper_row, c < R)
         for cell in range(0, bins):
             step = tl.minimum(cell + 1, bins - 1) * R
-            right = (1 - h_weight) * _load_cells(pyramid_ptr, upper_row + step, c < R)
-            right += h_weight * _load_cells(pyramid_ptr, lower_row + step, c < R)
+            right = (1 - h_weight) * _load_cells(pyramid_ptr, lower_row + step, c < R)
+            right += h_weight * _load_cells(pyramid_ptr, upper_row + step, c < R)
             w_end = tap_start(cell + 1, W, bins, ALIGN)
             for w_start in range(tap_start(cell, W, bins, ALIGN), w_end, BLOCK_W):
                 w = w_start + tl.arange(0, BLOCK_W)
@@ -188,10 +188,12 @@ def _upsample_concat_forward_nchw_kernel(
             h_lower, h_upper, h_weight = _tap(h, H, bins, ALIGN)
             if h_lower != current:
                 current = h_lower
-                top = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + h_lower * bins * R, mask)
-                top += w_weight[None, :] * _load_cells(pyramid_ptr, right + h_lower * bins * R, mask)
-                bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + h_upper * bins * R, mask)
-                bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + h_upper * bins * R, mask)
+                lower_row = (h_lower * bins).to(tl.int64) * R
+                upper_row = (h_upper * bins).to(tl.int64) * R
+                top = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + lower_row, mask)
+                top += w_weight[None, :] * _load_cells(pyramid_ptr, right + lower_row, mask)
+                bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + upper_row, mask)
+                bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + upper_row, mask)
             value = (1 - h_weight) * top + h_weight * bottom
             pointer = out_ptr + (((n * CHANNELS + first + c) * H + h) * W)[:, None] + w[None, :]
             tl.store(pointer, round_to(value, out_ptr.dtype.element_ty), mask=mask)
@@ -205,7 +207,7 @@ def _upsample_concat_backward_rows_kernel(
     """The gradient collected along W, channels_last: for every row, what each column of cells receives.
 
     Grid: one program owns BLOCK_C channels of one level in one row of one image.
-    Tile: BLOCK_W pixels x BLOCK_C channels; it walks the pixels between two columns, keeping a sum for each.
+    Tile: BLOCK_C channels x BLOCK_W pixels; it walks the pixels between two columns, keeping a sum for each.
     Traffic: reads N * levels * R * H * W; writes N * H * columns * R float32 (12 columns for bins 1, 2, 3, 6).
     """
     r_tiles = tiles(R, BLOCK_C)
@@ -220,18 +222,18 @@ def _upsample_concat_backward_rows_kernel(
     columns: tl.constexpr = _column_starts(BINS)[len(BINS)]
     received = tl.full([BLOCK_C], 0, tl.float32)
     for cell in range(0, bins):
-        to_lower = tl.full([BLOCK_W, BLOCK_C], 0, tl.float32)
-        to_upper = tl.full([BLOCK_W, BLOCK_C], 0, tl.float32)
+        to_lower = tl.full([BLOCK_C, BLOCK_W], 0, tl.float32)
+        to_upper = tl.full([BLOCK_C, BLOCK_W], 0, tl.float32)
         w_end = tap_start(cell + 1, W, bins, ALIGN)
         for w_start in range(tap_start(cell, W, bins, ALIGN), w_end, BLOCK_W):
             w = w_start + tl.arange(0, BLOCK_W)
             weight = _tap(w, W, bins, ALIGN)[2]
-            mask = (w < w_end)[:, None] & (c < R)[None, :]
-            value = tl.load(grad[None, :] + ((row * W + w) * CHANNELS)[:, None], mask=mask, other=0).to(tl.float32)
-            to_lower += (1 - weight)[:, None] * value
-            to_upper += weight[:, None] * value
-        received += tl.sum(to_lower, 0)
-        for_next = tl.sum(to_upper, 0)
+            mask = (c < R)[:, None] & (w < w_end)[None, :]
+            value = tl.load(grad[:, None] + ((row * W + w) * CHANNELS)[None, :], mask=mask, other=0).to(tl.float32)
+            to_lower += (1 - weight)[None, :] * value
+            to_upper += weight[None, :] * value
+        received += tl.sum(to_lower, 1)
+        for_next = tl.sum(to_upper, 1)
         received += tl.where(cell == bins - 1, for_next, 0.0)
         tl.store(rows_ptr + (row * columns + column + cell) * R + c, received, mask=c < R)
         received = for_next
@@ -245,7 +247,7 @@ def _upsample_concat_backward_cells_kernel(
     """The gradient of the cells from what `rows` has collected along W.
 
     Grid: one program owns BLOCK_C channels of one cell of one image.
-    Tile: BLOCK_H rows x BLOCK_C channels; it walks the rows that have the cell for a tap.
+    Tile: BLOCK_C channels x BLOCK_H rows; it walks the rows that have the cell for a tap.
     Traffic: reads the rows at most twice (N * H * columns * R float32, cached); writes N * S * R.
     """
     r_tiles = tiles(R, BLOCK_C)
@@ -257,17 +259,17 @@ def _upsample_concat_backward_cells_kernel(
     i = (cell - start) // bins
     column = _first_column(level, BINS) + (cell - start) % bins
     h_end = tap_start(i + 1, H, bins, ALIGN)
-    total = tl.full([BLOCK_H, BLOCK_C], 0, tl.float32)
+    total = tl.full([BLOCK_C, BLOCK_H], 0, tl.float32)
     for h_start in range(tap_start(i - 1, H, bins, ALIGN), h_end, BLOCK_H):
         h = h_start + tl.arange(0, BLOCK_H)
         lower, upper, weight = _tap(h, H, bins, ALIGN)
-        mask = (h < h_end)[:, None] & (c < R)[None, :]
+        mask = (c < R)[:, None] & (h < h_end)[None, :]
         offset = ((n * H + h) * columns + column) * R
-        value = tl.load(rows_ptr + offset[:, None] + c[None, :], mask=mask, other=0)
-        total += tl.where((lower == i)[:, None], (1 - weight)[:, None] * value, 0.0)
-        total += tl.where((upper == i)[:, None], weight[:, None] * value, 0.0)
+        value = tl.load(rows_ptr + c[:, None] + offset[None, :], mask=mask, other=0)
+        total += tl.where((lower == i)[None, :], (1 - weight)[None, :] * value, 0.0)
+        total += tl.where((upper == i)[None, :], weight[None, :] * value, 0.0)
     offset = (n * cell_count(BINS) + cell) * R
-    tl.store(out_ptr + offset + c, round_to(tl.sum(total, 0), out_ptr.dtype.element_ty), mask=c < R)
+    tl.store(out_ptr + offset + c, round_to(tl.sum(total, 1), out_ptr.dtype.element_ty), mask=c < R)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W_VECTORS"])

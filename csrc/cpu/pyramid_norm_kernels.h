@@ -17,28 +17,73 @@ void for_each_level(const PyramidNorm& a, Body body) {
   }
 }
 
-// Adds up term(cell, sums) over the cells of a level, all images: runs of cells in four chains, then run by run. The
-// order depends on the shape alone.
-template <int count, class V, class Term>
-void sum_cells(const PyramidNorm& a, int64_t start, int64_t area, V (&total)[count], Term term) {
-  constexpr int64_t kRun = 64;
-  constexpr int kChains = 4;
+// A vector of accumulators in double: in a sum over all cells of all images float would lose digits that plain PyTorch
+// keeps.
+template <class A>
+struct Doubles {
+  static constexpr int parts = sizeof(double) / sizeof(A);
+  typedef A Part __attribute__((vector_size(kVectorBytes / parts)));
+  Vec<double> part[parts];
+};
+
+template <class A>
+inline Doubles<A> widened(Vec<A> v) {
+  typename Doubles<A>::Part part[Doubles<A>::parts];
+  std::memcpy(part, &v, sizeof(v));
+  Doubles<A> wide;
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    wide.part[i] = __builtin_convertvector(part[i], Vec<double>);
+  }
+  return wide;
+}
+
+template <class A>
+inline Vec<A> rounded(const Doubles<A>& wide) {
+  typename Doubles<A>::Part part[Doubles<A>::parts];
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    part[i] = __builtin_convertvector(wide.part[i], typename Doubles<A>::Part);
+  }
+  Vec<A> v;
+  std::memcpy(&v, part, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline Doubles<A> operator-(Doubles<A> a, const Doubles<A>& b) {
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    a.part[i] -= b.part[i];
+  }
+  return a;
+}
+
+template <class A>
+inline Doubles<A> operator/(Doubles<A> a, double b) {
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    a.part[i] /= splat(b);
+  }
+  return a;
+}
+
+template <class A>
+inline void add_product(Doubles<A>& sum, const Doubles<A>& a, const Doubles<A>& b) {
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    sum.part[i] = fma(a.part[i], b.part[i], sum.part[i]);
+  }
+}
+
+template <class A>
+inline void add(Doubles<A>& sum, const Doubles<A>& a) {
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    sum.part[i] += a.part[i];
+  }
+}
+
+// body(cell) for the cells of a level, image after image: the order of every sum.
+template <class Body>
+void for_each_cell_of(const PyramidNorm& a, int64_t start, int64_t area, Body body) {
   for (int64_t n = 0; n < a.images; ++n) {
-    const int64_t first = n * a.cells + start, last = first + area;
-    for (int64_t cell = first; cell < last;) {
-      const int64_t stop = cell + kRun < last ? cell + kRun : last;
-      V sums[kChains][count] = {};
-      for (; cell + kChains <= stop; cell += kChains) {
-        for (int chain = 0; chain < kChains; ++chain) {
-          term(cell + chain, sums[chain]);
-        }
-      }
-      for (; cell < stop; ++cell) {
-        term(cell, sums[0]);
-      }
-      for (int i = 0; i < count; ++i) {
-        total[i] += (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-      }
+    for (int64_t cell = n * a.cells + start; cell < n * a.cells + start + area; ++cell) {
+      body(cell);
     }
   }
 }
@@ -55,27 +100,23 @@ void for_each_channel(const PyramidNorm& a, int64_t begin, int64_t end, Body bod
 }
 
 // Grid     blocks of channels [begin, end)
-// Tile     a level's vector of channels: the mean, then the squares about it. The sum of the differences, zero but for
-//          the mean's rounding, corrects both
+// Tile     a level's vector of channels: the mean, then the squares about it
 // Traffic  y read once from memory, once from cache
 template <class T>
 void statistics(const PyramidNorm& a, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   for_each_channel<T>(a, begin, end, [&](int64_t channel, int64_t at, auto lanes, int64_t start, int64_t area) {
     const T* const y = static_cast<const T*>(a.y) + channel;
-    const Vec<A> count = splat(static_cast<A>(a.images * area));
-    Vec<A> sum[1] = {};
-    sum_cells(a, start, area, sum, [&](int64_t cell, Vec<A>* sums) { sums[0] += load(y + cell * a.channels, lanes); });
-    const Vec<A> mean = sum[0] / count;
-    Vec<A> about[2] = {};
-    sum_cells(a, start, area, about, [&](int64_t cell, Vec<A>* sums) {
-      const Vec<A> difference = load(y + cell * a.channels, lanes) - mean;
-      sums[0] += difference;
-      sums[1] = fma(difference, difference, sums[1]);
+    const auto count = static_cast<double>(a.images * area);
+    Doubles<A> sum{}, squares{};
+    for_each_cell_of(a, start, area, [&](int64_t cell) { add(sum, widened<A>(load(y + cell * a.channels, lanes))); });
+    const Doubles<A> mean = sum / count;
+    for_each_cell_of(a, start, area, [&](int64_t cell) {
+      const Doubles<A> difference = widened<A>(load(y + cell * a.channels, lanes)) - mean;
+      add_product(squares, difference, difference);
     });
-    const Vec<A> rest = about[0] / count;
-    store(static_cast<A*>(a.result) + at, mean + rest, lanes);
-    store(static_cast<A*>(a.second_result) + at, about[1] / count - rest * rest, lanes);
+    store(static_cast<A*>(a.result) + at, rounded(mean), lanes);
+    store(static_cast<A*>(a.second_result) + at, rounded(squares / count), lanes);
   });
 }
 
@@ -93,17 +134,18 @@ template <class T>
 void sums(const PyramidNorm& a, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   for_each_channel<T>(a, begin, end, [&](int64_t channel, int64_t at, auto lanes, int64_t start, int64_t area) {
-    const T* const y = static_cast<const T*>(a.y);
-    const Vec<A> mean = load(static_cast<const A*>(a.mean) + at, lanes);
-    Vec<A> total[2] = {};
-    sum_cells(a, start, area, total, [&](int64_t cell, Vec<A>* sums) {
-      const int64_t i = cell * a.channels + channel;
-      const Vec<A> g = load_grad<T>(a, i, lanes);
-      sums[0] += g;
-      sums[1] = fma(g, load(y + i, lanes) - mean, sums[1]);
+    const T* const y = static_cast<const T*>(a.y) + channel;
+    const Doubles<A> mean = widened<A>(load(static_cast<const A*>(a.mean) + at, lanes));
+    const Doubles<A> invstd = widened<A>(load(static_cast<const A*>(a.invstd) + at, lanes));
+    Doubles<A> sum{}, products{}, normal{};
+    for_each_cell_of(a, start, area, [&](int64_t cell) {
+      const Doubles<A> g = widened<A>(load_grad<T>(a, cell * a.channels + channel, lanes));
+      add(sum, g);
+      add_product(products, g, widened<A>(load(y + cell * a.channels, lanes)) - mean);
     });
-    store(static_cast<A*>(a.result) + at, total[0], lanes);
-    store(static_cast<A*>(a.second_result) + at, total[1] * load(static_cast<const A*>(a.invstd) + at, lanes), lanes);
+    add_product(normal, products, invstd);
+    store(static_cast<A*>(a.result) + at, rounded(sum), lanes);
+    store(static_cast<A*>(a.second_result) + at, rounded(normal), lanes);
   });
 }
 

@@ -43,7 +43,7 @@ struct PyramidPoolBackward : PyramidPool {
 
 // Units [begin, end) are blocks of channels, image after image; channels_last backward: rows of pixels.
 // `scratch` has the accumulator's type.
-PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_forward, const PyramidPoolForward& a, int64_t begin, int64_t end, void* scratch)
-PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_backward, const PyramidPoolBackward& a, int64_t begin, int64_t end, void* scratch)
+PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_forward, const PyramidPoolForward&, int64_t begin, int64_t end, void* scratch)
+PSPNET_FAST_DECLARE_KERNEL(pyramid_pool_backward, const PyramidPoolBackward&, int64_t begin, int64_t end, void* scratch)
 
 }  // namespace pspnet_fast

@@ -107,7 +107,7 @@ inline void add_pixels(const T* x, int64_t pixel, int64_t count, Accumulator<T>*
 }
 
 // Grid     `count` <= kPoolChunk channels of one image
-// Tile     pixels in the order in which they stand in memory, four at a time, added to their block; then blocks to cells
+// Tile     pixels in the order they stand in memory, four at a time, added to their block; then blocks to cells
 // Traffic  x read once, the cells written once
 template <class T>
 void forward_channels_last(const PyramidPoolForward& a, int64_t n, int64_t channel, int64_t count,
@@ -116,7 +116,7 @@ void forward_channels_last(const PyramidPoolForward& a, int64_t n, int64_t chann
   const T* const x = static_cast<const T*>(a.x) + n * a.height * a.width * a.channels + channel;
   for (int64_t r = 0; r < a.rows.segments; ++r) {
     A* const row_blocks = blocks + r * a.columns.segments * count;
-    for_each_vector<A>(a.columns.segments * count, [&](int64_t i, auto lanes) { store(row_blocks + i, Vec<A>{}, lanes); });
+    clear(row_blocks, a.columns.segments * count);
     for (int64_t h = a.rows.edges[r]; h < a.rows.edges[r + 1]; ++h) {
       const T* const row = x + h * a.width * a.channels;
       for (int64_t c = 0; c < a.columns.segments; ++c) {
@@ -139,7 +139,7 @@ inline void row_shares(const PyramidPoolBackward& a, int64_t n, int64_t r, int64
                        Accumulator<T>* shares, int64_t pitch) {
   using A = Accumulator<T>;
   for (int64_t c = 0; c < a.columns.segments; ++c) {
-    for_each_vector<A>(count, [&](int64_t i, auto lanes) { store(shares + c * pitch + i, Vec<A>{}, lanes); });
+    clear(shares + c * pitch, count);
   }
   for (int64_t s = 0; s < a.cell_count; ++s) {
     const PoolCell& cell = a.cells[s];
@@ -181,7 +181,8 @@ void backward_nchw(const PyramidPoolBackward& a, int64_t n, int64_t channel, int
   for (int64_t plane = 0; plane < planes; ++plane) {
     const int64_t offset = (channel + plane) * plane_size;
     T* const out = static_cast<T*>(a.out) + n * a.channels * plane_size + offset;
-    const T* const input = a.grad_input ? static_cast<const T*>(a.grad_input) + n * a.grad_input_image + offset : nullptr;
+    const T* input = static_cast<const T*>(a.grad_input);
+    input = input ? input + n * a.grad_input_image + offset : nullptr;
     for (int64_t r = 0; r < a.rows.segments; ++r) {
       const A* const row = rows + (r * lanes + plane) * a.pitch;
       for (int64_t p = a.rows.edges[r] * a.width; p < a.rows.edges[r + 1] * a.width; p += a.width) {
@@ -210,14 +211,14 @@ void backward_channels_last(const PyramidPoolBackward& a, int64_t begin, int64_t
     const int64_t bottom = top + end - begin < a.rows.edges[r + 1] ? top + end - begin : a.rows.edges[r + 1];
     for (int64_t h = top; h < bottom; ++h) {
       T* const out = static_cast<T*>(a.out) + (n * a.height + h) * a.width * a.channels;
-      const T* const input =
-          a.grad_input ? static_cast<const T*>(a.grad_input) + n * a.grad_input_image + h * a.width * a.grad_input_pixel
-                       : nullptr;
+      const T* input = static_cast<const T*>(a.grad_input);
+      input = input ? input + n * a.grad_input_image + h * a.width * a.grad_input_pixel : nullptr;
       for (int64_t c = 0; c < a.columns.segments; ++c) {
         for (int64_t w = a.columns.edges[c]; w < a.columns.edges[c + 1]; ++w) {
+          const T* const pixel = input ? input + w * a.grad_input_pixel : nullptr;
           for_each_vector<T>(a.channels, [&](int64_t i, auto lanes) {
             const auto value = load(shares + c * a.channels + i, lanes);
-            store(out + w * a.channels + i, input ? load(input + w * a.grad_input_pixel + i, lanes) + value : value, lanes);
+            store(out + w * a.channels + i, pixel ? load(pixel + i, lanes) + value : value, lanes);
           });
         }
       }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "checks.h"
@@ -57,7 +58,8 @@ class Layout {
     }
   }
 
-  UpsampleConcat over(Dtype dtype, int64_t reduced, int64_t height, int64_t width, bool align_corners) {
+  UpsampleConcat over(Dtype dtype, bool channels_last, int64_t reduced, int64_t height, int64_t width,
+                      bool align_corners) {
     int64_t first_cell = 0;
     for (size_t k = 0; k < bins_.size(); ++k) {
       const int64_t b = bins_[k];
@@ -66,8 +68,16 @@ class Layout {
       levels_.push_back({b, first_cell, first_channel_[k], taps_[2 * k].axis(), taps_[2 * k + 1].axis()});
       first_cell += b * b;
     }
-    return {dtype, reduced, total_channels_, height, width, levels_.data(), static_cast<int64_t>(levels_.size()),
-            first_cell, whole_blocks(width) * kChannelBlock};
+    return {dtype,
+            channels_last,
+            reduced,
+            total_channels_,
+            height,
+            width,
+            levels_.data(),
+            static_cast<int64_t>(levels_.size()),
+            first_cell,
+            whole_blocks(width) * kChannelBlock};
   }
 
   int64_t x_first_channel() const { return x_first_channel_; }
@@ -80,8 +90,8 @@ class Layout {
   std::vector<UpsampleLevel> levels_;
 };
 
-// Elements for one block of planes: the cells, and the rows of cells stretched to the width of the map.
-int64_t planes_scratch(const UpsampleConcat& a) {
+// For a block of planes: the cells, each row of cells stretched to the width of the map, and one of these transposed.
+int64_t nchw_scratch(const UpsampleConcat& a) {
   int64_t most = 0;
   for (int64_t k = 0; k < a.level_count; ++k) {
     const int64_t b = a.levels[k].bins;
@@ -96,7 +106,8 @@ void copy_planes(const Tensor& x, const Tensor& out, int64_t first_channel) {
   const size_t bytes = static_cast<size_t>(plane) * x.element_size();
   const char* const from = static_cast<const char*>(x.const_data_ptr());
   char* const to = static_cast<char*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, x.size(0) * channels, std::max<int64_t>(1, 32768 / plane), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / plane);
+  torch::stable::parallel_for(0, x.size(0) * channels, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t n = begin / channels, channel = begin % channels, count = std::min(end - begin, channels - channel);
       std::memcpy(to + static_cast<size_t>(n * total + first_channel + channel) * bytes,
@@ -127,24 +138,21 @@ Tensor upsample_concat_forward_cpu(const Tensor& x, const Tensor& pyramid, const
     return out;
   }
   const bool with_x = layout.x_first_channel() >= 0;
-  const UpsampleConcatForward a{layout.over(dtype_of(x), reduced, height, width, align_corners),
+  const UpsampleConcatForward a{layout.over(dtype_of(x), channels_last, reduced, height, width, align_corners),
                                 x.const_data_ptr(),
                                 with_x ? c : 0,
                                 with_x ? layout.x_first_channel() : 0,
                                 pyramid.const_data_ptr(),
                                 out.mutable_data_ptr()};
+  const auto kernel = PSPNET_FAST_KERNEL(upsample_concat_forward);
   if (channels_last) {
-    int64_t columns = 0;
-    for (const int64_t b : bins) {
-      columns += b * reduced;
-    }
-    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_pixels), a, n * height * width, a.total_channels, columns);
+    const int64_t columns = std::accumulate(bins.begin(), bins.end(), int64_t{0});
+    run_kernel(kernel, a, n * height * width, a.total_channels, columns * reduced);
   } else {
     if (with_x) {
       copy_planes(x, out, a.x_first_channel);
     }
-    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_planes), a, n * a.level_count * whole_blocks(reduced),
-               kChannelBlock * height * width, planes_scratch(a));
+    run_kernel(kernel, a, n * a.level_count * whole_blocks(reduced), kChannelBlock * height * width, nchw_scratch(a));
   }
   return out;
 }
@@ -169,15 +177,11 @@ Tensor upsample_concat_backward_cpu(const Tensor& grad, int64_t channels, const 
   if (out.numel() == 0) {
     return out;
   }
-  const UpsampleConcatBackward a{layout.over(dtype_of(grad), reduced, height, width, align_corners),
+  const UpsampleConcatBackward a{layout.over(dtype_of(grad), channels_last, reduced, height, width, align_corners),
                                  grad.const_data_ptr(), out.mutable_data_ptr()};
-  const int64_t units = n * a.level_count * whole_blocks(reduced), elements = kChannelBlock * height * width;
-  if (channels_last) {
-    const int64_t b = *std::max_element(bins.begin(), bins.end());
-    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_pixels_backward), a, units, elements, (b * b + b) * reduced);
-  } else {
-    run_kernel(PSPNET_FAST_KERNEL(upsample_concat_planes_backward), a, units, elements, planes_scratch(a));
-  }
+  const int64_t b = *std::max_element(bins.begin(), bins.end());
+  run_kernel(PSPNET_FAST_KERNEL(upsample_concat_backward), a, n * a.level_count * whole_blocks(reduced),
+             kChannelBlock * height * width, channels_last ? (b * b + b) * reduced : nchw_scratch(a));
   return out;
 }
 

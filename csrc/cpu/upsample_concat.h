@@ -25,6 +25,7 @@ struct UpsampleLevel {
 
 struct UpsampleConcat {
   Dtype dtype;
+  bool channels_last;
   int64_t reduced, total_channels, height, width;
   const UpsampleLevel* levels;
   int64_t level_count, cell_count;
@@ -43,13 +44,11 @@ struct UpsampleConcatBackward : UpsampleConcat {
   void* out;
 };
 
-// _planes for NCHW, _pixels for channels_last. Units [begin, end) are blocks of channels, level after level, image after
-// image; for upsample_concat_pixels, pixels. `scratch` has the accumulator's type.
-PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
-PSPNET_FAST_DECLARE_KERNEL(upsample_concat_pixels, const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch)
-PSPNET_FAST_DECLARE_KERNEL(upsample_concat_planes_backward, const UpsampleConcatBackward& a, int64_t begin, int64_t end,
+// Units [begin, end) are blocks of channels, level after level, image after image; channels_last forward: pixels.
+// `scratch` has the accumulator's type.
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_forward, const UpsampleConcatForward&, int64_t begin, int64_t end,
                            void* scratch)
-PSPNET_FAST_DECLARE_KERNEL(upsample_concat_pixels_backward, const UpsampleConcatBackward& a, int64_t begin, int64_t end,
+PSPNET_FAST_DECLARE_KERNEL(upsample_concat_backward, const UpsampleConcatBackward&, int64_t begin, int64_t end,
                            void* scratch)
 
 }  // namespace pspnet_fast

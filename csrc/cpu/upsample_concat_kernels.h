@@ -29,12 +29,12 @@ inline void for_each_level_stretch(const UpsampleConcat& a, int64_t begin, int64
 }
 
 // Grid     one block of a level's channels of one image, `planes` <= a vector's lanes of them
-// Tile     each row of cells blended along W, as vectors along C, transposed to rows along W; then, plane by plane, each
-//          row of pixels blended from two of these rows
+// Tile     each row of cells blended along W, as vectors along C, transposed to rows along W; then, plane by plane,
+//          each row of pixels blended from two of these rows
 // Traffic  the planes written once
 template <class T>
-void forward_planes(const UpsampleConcatForward& a, int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes,
-                    Accumulator<T>* scratch) {
+void forward_nchw(const UpsampleConcatForward& a, int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes,
+                  Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t b = level.bins, plane_size = a.height * a.width;
@@ -73,11 +73,11 @@ void forward_planes(const UpsampleConcatForward& a, int64_t n, const UpsampleLev
 }
 
 // Grid     pixels [begin, end), image after image
-// Tile     at the start of each row of pixels, every level's two rows of cells blended to one; then, pixel by pixel, x's
-//          channels copied and every level's blended from two columns of that row
+// Tile     at the start of each row of pixels, every level's two rows of cells blended to one; then, pixel by pixel,
+//          x's channels copied and every level's blended from two columns of that row
 // Traffic  x read once, the concatenation written once
 template <class T>
-void forward_pixels(const UpsampleConcatForward& a, int64_t begin, int64_t end, Accumulator<T>* columns) {
+void forward_channels_last(const UpsampleConcatForward& a, int64_t begin, int64_t end, Accumulator<T>* columns) {
   using A = Accumulator<T>;
   for (int64_t row = begin / a.width; row * a.width < end; ++row) {
     const int64_t n = row / a.height, h = row % a.height;
@@ -142,19 +142,19 @@ inline void add_run(const UpsampleConcat& a, const T* plane, const TapRun& run, 
 }
 
 // Grid     one block of a level's channels of one image, `planes` <= a vector's lanes of them
-// Tile     a plane's rows summed into one row for each row of cells, along W; then, for all planes at once, transposed to
-//          vectors along C and summed into cells
+// Tile     a plane's rows summed into one row for each row of cells, along W; then, for all planes at once, transposed
+//          to vectors along C and summed into cells
 // Traffic  the planes read once
 template <class T>
-void backward_planes(const UpsampleConcatBackward& a, int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes,
-                     Accumulator<T>* scratch) {
+void backward_nchw(const UpsampleConcatBackward& a, int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes,
+                   Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t b = level.bins, plane_size = a.height * a.width;
   A* const rows = scratch;                       // [b][lanes][pitch]
   A* const cells = rows + b * lanes * a.pitch;   // [b * b][lanes]
   A* const columns = cells + b * b * lanes;      // [pitch][lanes]
-  for_each_vector<A>((b * a.pitch + b * b) * lanes, [&](int64_t i, auto part) { store(rows + i, Vec<A>{}, part); });
+  clear(rows, (b * a.pitch + b * b) * lanes);
 
   const T* const grad = static_cast<const T*>(a.grad) + (n * a.total_channels + level.first_channel + r) * plane_size;
   for (int64_t plane = 0; plane < planes; ++plane) {
@@ -217,19 +217,20 @@ inline void add_pixels(const T* grad, int64_t pitch, int64_t count, const double
 //          added to the two rows of cells that the row of pixels samples
 // Traffic  the level's channels read once
 template <class T>
-void backward_pixels(const UpsampleConcatBackward& a, int64_t n, const UpsampleLevel& level, int64_t r, int64_t count,
-                     Accumulator<T>* scratch) {
+void backward_channels_last(const UpsampleConcatBackward& a, int64_t n, const UpsampleLevel& level, int64_t r,
+                            int64_t count, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   const int64_t b = level.bins;
   A* const cells = scratch;                   // [b * b][count]
   A* const columns = cells + b * b * count;   // [b][count]
-  for_each_vector<A>(b * b * count, [&](int64_t i, auto part) { store(cells + i, Vec<A>{}, part); });
+  clear(cells, b * b * count);
 
-  const T* const grad = static_cast<const T*>(a.grad) + n * a.height * a.width * a.total_channels + level.first_channel + r;
+  const T* const grad =
+      static_cast<const T*>(a.grad) + n * a.height * a.width * a.total_channels + level.first_channel + r;
   for (int64_t i = 0; i < level.rows.run_count; ++i) {
     const TapRun& rows = level.rows.runs[i];
     for (int64_t h = rows.begin; h < rows.end; ++h) {
-      for_each_vector<A>(b * count, [&](int64_t c, auto part) { store(columns + c, Vec<A>{}, part); });
+      clear(columns, b * count);
       for (int64_t j = 0; j < level.columns.run_count; ++j) {
         const TapRun& run = level.columns.runs[j];
         A* const lower = columns + run.lower * count;
@@ -266,37 +267,29 @@ void backward_pixels(const UpsampleConcatBackward& a, int64_t n, const UpsampleL
 
 namespace PSPNET_FAST_CAPABILITY {
 
-void upsample_concat_planes(const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch) {
+void upsample_concat_forward(const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    for_each_level_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
-      forward_planes<T>(a, n, level, r, planes, static_cast<Accumulator<T>*>(scratch));
-    });
+    const auto memory = static_cast<Accumulator<T>*>(scratch);
+    if (a.channels_last) {
+      forward_channels_last<T>(a, begin, end, memory);
+    } else {
+      for_each_level_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const auto& level, int64_t r, int64_t planes) {
+        forward_nchw<T>(a, n, level, r, planes, memory);
+      });
+    }
   });
 }
 
-void upsample_concat_pixels(const UpsampleConcatForward& a, int64_t begin, int64_t end, void* scratch) {
+void upsample_concat_backward(const UpsampleConcatBackward& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    forward_pixels<T>(a, begin, end, static_cast<Accumulator<T>*>(scratch));
-  });
-}
-
-void upsample_concat_planes_backward(const UpsampleConcatBackward& a, int64_t begin, int64_t end, void* scratch) {
-  with_dtype(a.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for_each_level_stretch(a, begin, end, kLanes<T>, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t planes) {
-      backward_planes<T>(a, n, level, r, planes, static_cast<Accumulator<T>*>(scratch));
-    });
-  });
-}
-
-void upsample_concat_pixels_backward(const UpsampleConcatBackward& a, int64_t begin, int64_t end, void* scratch) {
-  with_dtype(a.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for_each_level_stretch(a, begin, end, a.reduced, [&](int64_t n, const UpsampleLevel& level, int64_t r, int64_t count) {
-      backward_pixels<T>(a, n, level, r, count, static_cast<Accumulator<T>*>(scratch));
-    });
+    const auto memory = static_cast<Accumulator<T>*>(scratch);
+    for_each_level_stretch(a, begin, end, a.channels_last ? a.reduced : kLanes<T>,
+                           [&](int64_t n, const auto& level, int64_t r, int64_t count) {
+                             a.channels_last ? backward_channels_last<T>(a, n, level, r, count, memory)
+                                             : backward_nchw<T>(a, n, level, r, count, memory);
+                           });
   });
 }
 

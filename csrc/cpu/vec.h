@@ -179,7 +179,7 @@ inline void store(float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first `count` lanes only, 0 <= count <= lanes; the other lanes load as zero ---------------------------------
+// ---- the first `count` lanes only, 0 <= count <= lanes; the other lanes load as zero --------------------------------
 
 template <class T>
 inline Vec<Accumulator<T>> load(const T* p, int64_t count) {
@@ -212,7 +212,8 @@ inline void store(T* p, Vec<Accumulator<T>> v, int64_t count) {
   } else {
     T lanes[kLanes<T>];
     store(lanes, v);
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bits);
   }
 #else
   T lanes[kLanes<T>];
@@ -221,7 +222,7 @@ inline void store(T* p, Vec<Accumulator<T>> v, int64_t count) {
 #endif
 }
 
-// ---- runs of any length: body(offset, lanes) for every vector, with lanes Full or, in the last, a count ---------------
+// ---- runs of any length: body(offset, lanes) for every vector; lanes is Full or, for the last, a count --------------
 
 struct Full {};
 
@@ -244,6 +245,11 @@ inline void for_each_vector(int64_t length, Body body) {
   if (offset < length) {
     body(offset, length - offset);
   }
+}
+
+template <class A>
+inline void clear(A* p, int64_t length) {
+  for_each_vector<A>(length, [&](int64_t offset, auto lanes) { store(p + offset, Vec<A>{}, lanes); });
 }
 
 // ---- transpose: lane j of row i becomes lane i of row j -------------------------------------------------------------

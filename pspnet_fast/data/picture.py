@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,16 +24,19 @@ def _smooth_noise(random: np.random.Generator, height: int, width: int, cells: i
 
     coarse = random.random((max(2, cells * height // width), cells)).astype(np.float32)
     fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    return cast("np.ndarray", np.asarray(fine).clip(0, 1))
+    return np.asarray(fine).clip(0, 1)
 
 
 def _sky(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A blue gradient with clouds, (height, width, 3)."""
     depth = np.linspace(0, 1, height)[:, None, None]
     sky = (1 - depth) * np.array([88, 142, 206]) + depth * np.array([206, 224, 238])
-    clouds = sum(_smooth_noise(random, height, width, cells) / (i + 1) for i, cells in enumerate((6, 14, 34)))
+    clouds = np.zeros((height, width))
+    for i, cells in enumerate((6, 14, 34)):
+        clouds += _smooth_noise(random, height, width, cells) / (i + 1)
     cover = np.clip((clouds / 1.83 - 0.52) * 5, 0, 1)[..., None] * (0.35 + 0.65 * depth)
-    return (1 - cover) * sky + cover * 246
+    mixed: np.ndarray = (1 - cover) * sky + cover * 246
+    return mixed
 
 
 def _building(draw: ImageDraw.ImageDraw, random: np.random.Generator, box: tuple[int, int, int, int]) -> None:
