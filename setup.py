@@ -1,7 +1,7 @@
 """Builds pspnet_fast._C, one extension on LibTorch's stable ABI. Everything else about the package is in pyproject.toml.
 
-PSPNET_FAST_CUDA=1 compiles csrc/cuda, =0 leaves it out, unset: where torch is a CUDA build and nvcc is here.
-TORCH_CUDA_ARCH_LIST chooses the GPUs. No graphics card is looked for.
+PSPNET_FAST_CUDA=1 compiles csrc/cuda, =0 leaves it out; unset, it is compiled where torch is a CUDA build and nvcc is
+here. TORCH_CUDA_ARCH_LIST chooses the architectures: no GPU is needed, and none is looked for.
 """
 
 from __future__ import annotations
@@ -23,50 +23,42 @@ except ModuleNotFoundError as error:
         "    pip install --no-build-isolation .\nor run `make` in the repository."
     ) from error
 
-# Without the last two, gcc 12 warns of its own AVX-512 intrinsics.
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-STABLE_ABI = "0x020b000000000000"  # the oldest torch the binary may meet: 2.11
-PYTHON_ABI = "cp310"
+STABLE_ABI = "0x020b000000000000"  # the oldest torch that the binary may meet: 2.11
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-ISA_FLAGS = {  # by the end of the file's name
+# Without the last two, gcc 12 warns of its own AVX-512 intrinsics.
+CXX = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISA = {  # by the end of the file's name
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-DPSPNET_FAST_AVX2"],
     "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-DPSPNET_FAST_AVX512"],
 }
 
 
-def find_cuda() -> str | None:
-    """The toolkit's folder. torch's own CUDA_HOME is None in a CPU torch, and wrong where nvcc is a wrapper script."""
-    nvcc = shutil.which("nvcc")
-    beside_nvcc = nvcc and os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), beside_nvcc, "/usr/local/cuda"):
-        if home and all(os.path.exists(os.path.join(home, part)) for part in ("bin/nvcc", "include/cuda_runtime.h")):
-            return home
-    return None
-
-
 def cuda_home() -> str | None:
-    """Where to take CUDA from, or None to leave it out."""
+    """The CUDA toolkit to build with. torch's own CUDA_HOME is None in a CPU torch, wrong where nvcc is a wrapper."""
     asked = os.environ.get("PSPNET_FAST_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"PSPNET_FAST_CUDA must be 0, 1 or unset, got {asked!r}")
     if asked == "0" or (not asked and torch.version.cuda is None):
         return None
-    home = find_cuda()
-    if asked and home is None:
+    beside_nvcc = os.path.dirname(os.path.dirname(os.path.realpath(shutil.which("nvcc") or "")))
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), beside_nvcc, "/usr/local/cuda"):
+        if home and all(os.path.exists(os.path.join(home, part)) for part in ("bin/nvcc", "include/cuda_runtime.h")):
+            return home
+    if asked:
         raise SystemExit("PSPNET_FAST_CUDA=1, but no CUDA toolkit with nvcc was found: set CUDA_HOME")
-    return home
+    return None
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, with flags of their own for *_avx2.cpp and *_avx512.cpp."""
+    """torch's, with the flags of ISA for the files that end so."""
 
     def build_extension(self, extension) -> None:
-        for suffix, flags in ISA_FLAGS.items():
+        for suffix, flags in ISA.items():
             group = [source for source in extension.sources if source.endswith(suffix)]
-            if group:
-                arguments = copy.deepcopy(extension.extra_compile_args)
-                arguments["cxx"] += flags
-                extension.sources = [source for source in extension.sources if source not in group]
+            extension.sources = [source for source in extension.sources if source not in group]
+            arguments = copy.deepcopy(extension.extra_compile_args)
+            arguments["cxx"] += flags
+            if group and platform.machine().lower() in ("x86_64", "amd64"):
                 extension.extra_objects += self.compiler.compile(
                     group,
                     output_dir=self.build_temp,
@@ -79,30 +71,24 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension() -> cpp_extension.CppExtension:
+    # No path of this machine in the binary.
+    folders = (os.getcwd(), os.path.join(os.path.dirname(torch.__file__), "include"))
+    cxx = [*CXX, *(f"-fmacro-prefix-map={folder}/=" for folder in folders)]
     sources = ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        sources = [source for source in sources if not source.endswith(tuple(ISA_FLAGS))]
-    hide_paths = f"-fmacro-prefix-map={os.getcwd()}/="
     options = {
         "include_dirs": [os.path.abspath("csrc")],
         "define_macros": [("TORCH_TARGET_VERSION", STABLE_ABI)],
-        "extra_compile_args": {"cxx": [*CXX_FLAGS, hide_paths]},
+        "extra_compile_args": {"cxx": cxx},
         "depends": sorted(glob.glob("csrc/**/*.h", recursive=True)),
         "py_limited_api": True,
     }
     home, cuda_sources = cuda_home(), sorted(glob.glob("csrc/cuda/*.cu"))
     if home and cuda_sources:
-        cpp_extension.CUDA_HOME = home
+        cpp_extension.CUDA_HOME = home  # where BuildExtension takes nvcc from
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += cuda_sources
         options["define_macros"] += [("USE_CUDA", None), ("PSPNET_FAST_CUDA_ARCHITECTURES", f'"{architectures}"')]
-        options["extra_compile_args"]["nvcc"] = [
-            "-O3",
-            "--threads",
-            "2",
-            "-Xcompiler",
-            f"-fvisibility=hidden,{hide_paths}",
-        ]
+        options["extra_compile_args"]["nvcc"] = ["-O3", "--threads", "2", "-Xcompiler", ",".join(cxx)]
         options["library_dirs"] = [os.path.join(home, "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         # libtorch.so brings libtorch_cuda.so along in a CUDA torch, and only libtorch_cpu.so in a CPU torch.
@@ -113,5 +99,5 @@ def extension() -> cpp_extension.CppExtension:
 setup(
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -38,7 +38,7 @@ def bin_start(i, size, bins):
 
 @device_function
 def bin_end(i, size, bins):
-    return ((i + 1) * size + bins - 1) // bins
+    return ((i + 1) * size + (bins - 1)) // bins
 
 
 @triton.constexpr_function
