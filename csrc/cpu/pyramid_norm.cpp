@@ -99,7 +99,8 @@ Tensor pyramid_norm_forward_cpu(const Tensor& y, const Bins& bins, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> pyramid_norm_sums_cpu(const Tensor& grad, const Tensor& y, const Tensor& out,
-                                                 const Bins& bins, const Tensor& mean, const Tensor& invstd, bool relu) {
+                                                 const Bins& bins, const Tensor& mean, const Tensor& invstd,
+                                                 bool relu) {
   constexpr const char* op = "pyramid_norm_sums";
   PyramidNorm a = arguments(op, y, bins, relu);
   a.grad = like_y(op, "grad", grad, y);
@@ -115,7 +116,8 @@ std::tuple<Tensor, Tensor> pyramid_norm_sums_cpu(const Tensor& grad, const Tenso
 
 Tensor pyramid_norm_backward_cpu(const Tensor& grad, const Tensor& y, const Tensor& out, const Bins& bins,
                                  const Tensor& mean, const Tensor& invstd, const Tensor& weight, bool relu,
-                                 const std::optional<Tensor>& mean_grad, const std::optional<Tensor>& mean_grad_normal) {
+                                 const std::optional<Tensor>& mean_grad,
+                                 const std::optional<Tensor>& mean_grad_normal) {
   constexpr const char* op = "pyramid_norm_backward";
   PyramidNorm a = arguments(op, y, bins, relu);
   a.grad = like_y(op, "grad", grad, y);

@@ -88,7 +88,8 @@ void for_each_cell_of(const PyramidNorm& a, int64_t start, int64_t area, Body bo
   }
 }
 
-// body(offset of a vector of channels in a row, the same in a (levels, channels) tensor, lanes, start, area of the level).
+// body(offset of a vector of channels in a cell, the same in a (levels, channels) tensor, lanes, the level's start, its
+// area) over blocks of channels [begin, end).
 template <class T, class Body>
 void for_each_channel(const PyramidNorm& a, int64_t begin, int64_t end, Body body) {
   const int64_t first = begin * kNormBlock, last = end * kNormBlock < a.channels ? end * kNormBlock : a.channels;

@@ -45,7 +45,8 @@ class Operands {
     const auto levels = static_cast<int64_t>(bins.size());
     const int64_t n = pyramid.size(0), c = pyramid.size(2), cells = level_start(bins.data(), levels);
     check_size(op, "pyramid", pyramid, {n, cells, c});
-    check(weight.size() == bins.size(), op, "weight must have one tensor for each of ", levels, " bins, got ", weight.size());
+    check(weight.size() == bins.size(), op, "weight must have one tensor for each of ", levels, " bins, got ",
+          weight.size());
     check(weight[0].dim() == 2, op, "weight must be 2-D (R, C), got ", weight[0].dim(), " dimensions");
     const int64_t r = weight[0].size(0);
     check(c > 0 && r > 0, op, "weight must have rows and columns, got ", r, " x ", c);
@@ -55,8 +56,7 @@ class Operands {
       check_contiguous(op, "weight", w);
       weight_.push_back(w.const_data_ptr());
     }
-    shared_ = {dtype_of(pyramid),      n, c, r, bins_.data(), levels, cells,
-               pyramid.const_data_ptr(), weight_.data()};
+    shared_ = {dtype_of(pyramid), n, c, r, bins_.data(), levels, cells, pyramid.const_data_ptr(), weight_.data()};
   }
   Operands(const Operands&) = delete;
 
@@ -68,7 +68,8 @@ class Operands {
   PyramidProject shared_;
 };
 
-const void* per_channel(const char* op, const char* name, const std::optional<Tensor>& values, const PyramidProject& a) {
+const void* per_channel(const char* op, const char* name, const std::optional<Tensor>& values,
+                        const PyramidProject& a) {
   if (!values) {
     return nullptr;
   }
@@ -123,8 +124,9 @@ std::tuple<Tensor, Tensor> pyramid_project_backward_cpu(const Tensor& grad, cons
   a.grad = grad.const_data_ptr();
   a.d_pyramid = d_pyramid.mutable_data_ptr();
   a.d_weight = d_weight.mutable_data_ptr();
+  a.padded_reduced = units(a.reduced, kProjectBlock) * kProjectBlock;
   const int64_t size = accumulator_size(a.dtype), rows = a.images * a.cells;
-  const Scratch grad_rows(rows * a.padded_reduced() * size), grad_columns(rows * a.reduced * size);
+  const Scratch grad_rows(rows * a.padded_reduced * size), grad_columns(rows * a.reduced * size);
   a.grad_rows = grad_rows.as<void>();
   a.grad_columns = grad_columns.as<void>();
   const int64_t row_bytes = a.channels * static_cast<int64_t>(d_weight.element_size());

@@ -30,17 +30,16 @@ struct PyramidProjectForward : PyramidProject {
 
 struct PyramidProjectBackward : PyramidProject {
   const void* grad;
-  void* grad_rows;     // accumulators: grad, level by level, kProjectBlock channels of all cells together
-  void* grad_columns;  // accumulators: each level of grad transposed
+  void* grad_rows;         // accumulators: grad, level by level, kProjectBlock channels of all cells together
+  void* grad_columns;      // accumulators: each level of grad transposed
+  int64_t padded_reduced;  // grad_rows' channels: whole blocks of kProjectBlock
   void* d_pyramid;
   void* d_weight;
   bool stream;  // d_weight is written past the caches
-
-  int64_t padded_reduced() const { return (reduced + kProjectBlock - 1) / kProjectBlock * kProjectBlock; }
 };
 
-// Units of work [begin, end) are blocks of channels, tiles of rows of the weights, blocks of reduced channels, strips of
-// channels, strips of channels. `scratch` has kProjectSumsBytes, and a strip for every cell of the largest level, all images.
+// Units of work [begin, end) are blocks of channels, tiles of rows of the weights, blocks of reduced channels, and twice
+// strips of channels. `scratch` holds kProjectSumsBytes, or a strip for every cell of the largest level if that is more.
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_forward, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack_grad, const PyramidProjectBackward& a, int64_t begin, int64_t end)
