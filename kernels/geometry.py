@@ -63,15 +63,28 @@ def level_of(row, BINS: tl.constexpr):
 
 
 @device_function
-def bilinear_tap(i, size, cells, align_corners: tl.constexpr):
+def _position(i, size, cells, align_corners: tl.constexpr):
     if align_corners:
         position = i * (cells - 1)
         denominator = tl.maximum(size - 1, 1)
     else:
         position = tl.maximum((2 * i + 1) * cells - size, 0)
         denominator = 2 * size
+    return position, denominator
+
+
+@device_function
+def bilinear_tap(i, size, cells, align_corners: tl.constexpr):
+    position, denominator = _position(i, size, cells, align_corners)
     lower = tl.minimum(position // denominator, cells - 1)
     return lower, tl.minimum(lower + 1, cells - 1), position - lower * denominator, denominator
+
+
+@device_function
+def upper_weight(i, lower, size, cells, align_corners: tl.constexpr):
+    """f of a pixel whose lower tap is known: without the division that finds it."""
+    position, denominator = _position(i, size, cells, align_corners)
+    return fraction(position - lower * denominator, denominator)
 
 
 @device_function

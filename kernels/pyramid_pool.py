@@ -4,6 +4,8 @@ Bins that all divide one number, `units`, have windows that are unions of the sa
 that only one of the `units` finest windows holds and, where `units` does not divide the axis, those that two neighbours
 share. All pixels of a block, a segment of rows by a segment of columns, lie in the same windows at every level. So the
 forward pass sums each block once and each cell adds up blocks; the backward pass gathers the windows once per block.
+
+Two memory formats, each with a walk of its own in both directions, make the file as long as it is.
 """
 
 from __future__ import annotations

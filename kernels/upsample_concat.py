@@ -3,6 +3,8 @@
 Pixels with the same lower tap stand beside each other, from `tap_start(cell)` to `tap_start(cell + 1)`: over such a run an
 axis is interpolated between the same two cells. So a program blends cells along one axis, keeps two blends and walks the
 pixels between them; the backward pass walks the same runs and keeps two sums, for the lower and for the upper cell.
+
+Two memory formats, each with a walk of its own in both directions, make the file as long as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .geometry import (
     round_to,
     tap_start,
     tiles,
+    upper_weight,
 )
 
 
@@ -75,13 +78,6 @@ def _first_column(level, BINS: tl.constexpr):
 
 
 @device_function
-def _tap(i, size, cells, ALIGN: tl.constexpr):
-    """Lower and upper cell of a pixel and the weight of the upper one."""
-    lower, upper, numerator, denominator = bilinear_tap(i, size, cells, ALIGN)
-    return lower, upper, fraction(numerator, denominator)
-
-
-@device_function
 def _load_cells(pyramid_ptr, cells, mask):
     return tl.load(pyramid_ptr + cells, mask=mask, other=0).to(tl.float32)
 
@@ -120,7 +116,8 @@ def _upsample_concat_forward_channels_last_kernel(
         bins, start = _level(level, BINS)
         c = (tile - x_tiles) % r_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
         out = out_ptr + _first_channel(level, C, R, ORDER) + c
-        h_lower, h_upper, h_weight = _tap(h, H, bins, ALIGN)
+        h_lower, h_upper, numerator, denominator = bilinear_tap(h, H, bins, ALIGN)
+        h_weight = fraction(numerator, denominator)
         image = n * cell_count(BINS) + start
         lower_row = (image + h_lower * bins) * R + c
         upper_row = (image + h_upper * bins) * R + c
@@ -133,7 +130,7 @@ def _upsample_concat_forward_channels_last_kernel(
             w_end = tap_start(cell + 1, W, bins, ALIGN)
             for w_start in range(tap_start(cell, W, bins, ALIGN), w_end, BLOCK_W):
                 w = w_start + tl.arange(0, BLOCK_W)
-                w_weight = _tap(w, W, bins, ALIGN)[2]
+                w_weight = upper_weight(w, cell, W, bins, ALIGN)
                 value = (1 - w_weight)[:, None] * left[None, :] + w_weight[:, None] * right[None, :]
                 mask = (w < w_end)[:, None] & (c < R)[None, :]
                 pointer = out[None, :] + ((row + w) * CHANNELS)[:, None]
@@ -177,26 +174,26 @@ def _upsample_concat_forward_nchw_kernel(
         c = (tile - x_tiles) % r_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
         first = _first_channel(level, C, R, ORDER)
         mask = (c < R)[:, None] & (w < W)[None, :]
-        w_lower, w_upper, w_weight = _tap(w, W, bins, ALIGN)
+        w_lower, w_upper, numerator, denominator = bilinear_tap(w, W, bins, ALIGN)
+        w_weight = fraction(numerator, denominator)
         image = n * cell_count(BINS) + start
         left = ((image + w_lower) * R)[None, :] + c[:, None]
         right = ((image + w_upper) * R)[None, :] + c[:, None]
-        top = tl.full([BLOCK_C, BLOCK_W], 0, tl.float32)
-        bottom = tl.full([BLOCK_C, BLOCK_W], 0, tl.float32)
-        current = -1
-        for h in range(h_start, h_end):
-            h_lower, h_upper, h_weight = _tap(h, H, bins, ALIGN)
-            if h_lower != current:
-                current = h_lower
-                lower_row = (h_lower * bins).to(tl.int64) * R
-                upper_row = (h_upper * bins).to(tl.int64) * R
-                top = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + lower_row, mask)
-                top += w_weight[None, :] * _load_cells(pyramid_ptr, right + lower_row, mask)
-                bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + upper_row, mask)
-                bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + upper_row, mask)
-            value = (1 - h_weight) * top + h_weight * bottom
-            pointer = out_ptr + (((n * CHANNELS + first + c) * H + h) * W)[:, None] + w[None, :]
-            tl.store(pointer, round_to(value, out_ptr.dtype.element_ty), mask=mask)
+        cell = bilinear_tap(h_start, H, bins, ALIGN)[0]
+        row = (cell * bins).to(tl.int64) * R
+        bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + row, mask)
+        bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + row, mask)
+        for h_lower in range(cell, bilinear_tap(h_end - 1, H, bins, ALIGN)[0] + 1):
+            top = bottom
+            row = (tl.minimum(h_lower + 1, bins - 1) * bins).to(tl.int64) * R
+            bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + row, mask)
+            bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + row, mask)
+            run_start = tl.maximum(tap_start(h_lower, H, bins, ALIGN), h_start)
+            for h in range(run_start, tl.minimum(tap_start(h_lower + 1, H, bins, ALIGN), h_end)):
+                weight = upper_weight(h, h_lower, H, bins, ALIGN)
+                value = (1 - weight) * top + weight * bottom
+                pointer = out_ptr + (((n * CHANNELS + first + c) * H + h) * W)[:, None] + w[None, :]
+                tl.store(pointer, round_to(value, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -227,7 +224,7 @@ def _upsample_concat_backward_rows_kernel(
         w_end = tap_start(cell + 1, W, bins, ALIGN)
         for w_start in range(tap_start(cell, W, bins, ALIGN), w_end, BLOCK_W):
             w = w_start + tl.arange(0, BLOCK_W)
-            weight = _tap(w, W, bins, ALIGN)[2]
+            weight = upper_weight(w, cell, W, bins, ALIGN)
             mask = (c < R)[:, None] & (w < w_end)[None, :]
             value = tl.load(grad[:, None] + ((row * W + w) * CHANNELS)[None, :], mask=mask, other=0).to(tl.float32)
             to_lower += (1 - weight)[None, :] * value
@@ -262,7 +259,8 @@ def _upsample_concat_backward_cells_kernel(
     total = tl.full([BLOCK_C, BLOCK_H], 0, tl.float32)
     for h_start in range(tap_start(i - 1, H, bins, ALIGN), h_end, BLOCK_H):
         h = h_start + tl.arange(0, BLOCK_H)
-        lower, upper, weight = _tap(h, H, bins, ALIGN)
+        lower, upper, numerator, denominator = bilinear_tap(h, H, bins, ALIGN)
+        weight = fraction(numerator, denominator)
         mask = (c < R)[:, None] & (h < h_end)[None, :]
         offset = ((n * H + h) * columns + column) * R
         value = tl.load(rows_ptr + c[:, None] + offset[None, :], mask=mask, other=0)
@@ -294,7 +292,8 @@ def _upsample_concat_backward_nchw_kernel(
     c = tl.program_id(0) % r_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask = (c < R)[:, None] & (w < W)[None, :]
-    w_lower, w_upper, w_weight = _tap(w, W, bins, ALIGN)
+    w_lower, w_upper, numerator, denominator = bilinear_tap(w, W, bins, ALIGN)
+    w_weight = fraction(numerator, denominator)
     plane = n * CHANNELS + _first_channel(level, C, R, ORDER) + c
     image = (tl.program_id(1) * N + n) * cell_count(BINS) + start
     received = tl.full([BLOCK_C, BLOCK_W], 0, tl.float32)
@@ -304,7 +303,7 @@ def _upsample_concat_backward_nchw_kernel(
         for h_start in range(tap_start(i, H, bins, ALIGN), h_end, BLOCK_H):
             for row in tl.static_range(BLOCK_H):
                 h = h_start + row
-                weight = _tap(h, H, bins, ALIGN)[2]
+                weight = upper_weight(h, i, H, bins, ALIGN)
                 offset = ((plane * H + h) * W)[:, None] + w[None, :]
                 value = tl.load(grad_ptr + offset, mask=mask & (h < h_end), other=0).to(tl.float32)
                 received += (1 - weight) * value
@@ -348,8 +347,8 @@ def _forward_nchw_tile(width: int, itemsize: int) -> dict[str, int]:
 
 
 def _backward_nchw_tile(width: int, itemsize: int) -> dict[str, int]:
-    """One warp, which adds up along W by itself; as many rows at a time as leave every sum in a register."""
-    return {**_nchw_tile(width, itemsize, BACKWARD_NCHW_WARPS), "BLOCK_H": 16 // itemsize}
+    """One warp, which adds up along W by itself."""
+    return {**_nchw_tile(width, itemsize, BACKWARD_NCHW_WARPS), "BLOCK_H": 4}
 
 
 CELLS_TILE = {"BLOCK_H": 16, "BLOCK_C": 64}

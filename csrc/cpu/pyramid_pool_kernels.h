@@ -54,9 +54,11 @@ inline void blocks_to_cells(const PyramidPoolForward& a, const Accumulator<T>* b
     for_each_vector<T>(count, [&](int64_t i, auto lanes) {
       Vec<A> total{};
       for (int64_t r = cell.top; r < cell.bottom; ++r) {
+        Vec<A> row{};  // a sum of sums rounds less than one long sum
         for (int64_t c = cell.left; c < cell.right; ++c) {
-          total += load(blocks + (r * a.columns.segments + c) * pitch + i, lanes);
+          row += load(blocks + (r * a.columns.segments + c) * pitch + i, lanes);
         }
+        total += row;
       }
       store(out + s * a.channels + i, total / splat(static_cast<A>(cell.pixels)), lanes);
     });

@@ -38,8 +38,9 @@ struct PyramidProjectBackward : PyramidProject {
   bool stream;  // d_weight is written past the caches
 };
 
-// Units of work [begin, end) are blocks of channels, tiles of rows of the weights, blocks of reduced channels, and twice
-// strips of channels. `scratch` holds kProjectSumsBytes, or a strip for every cell of the largest level if that is more.
+// Units of work [begin, end): blocks of channels, tiles of rows of the weights, blocks of reduced channels, and twice
+// strips of channels. `scratch` holds kProjectSumsBytes, or a strip for every cell of the largest level where that is
+// more.
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_forward, const PyramidProjectForward& a, int64_t begin, int64_t end)
 PSPNET_FAST_DECLARE_KERNEL(pyramid_project_pack_grad, const PyramidProjectBackward& a, int64_t begin, int64_t end)
