@@ -82,7 +82,7 @@ def bilinear_tap(i, size, cells, align_corners: tl.constexpr):
 
 @device_function
 def upper_weight(i, lower, size, cells, align_corners: tl.constexpr):
-    """f of a pixel whose lower tap is known: without the division that finds it."""
+    """A tap's f where its lower cell is known: without the division that finds it."""
     position, denominator = _position(i, size, cells, align_corners)
     return fraction(position - lower * denominator, denominator)
 
@@ -105,7 +105,7 @@ def tiles(size, block):
 
 @device_function
 def fraction(numerator, denominator):
-    """A tap's f as float32, rounded once."""
+    """A tap's f, or another ratio of integers, as float32, rounded once."""
     one = tl.full((), 1.0, tl.float32)
     return tl.div_rn(numerator * one, denominator * one)
 

@@ -17,8 +17,8 @@ void for_each_level(const PyramidNorm& a, Body body) {
   }
 }
 
-// A vector of accumulators in double: in a sum over all cells of all images float would lose digits that plain PyTorch
-// keeps.
+// A vector of accumulators in double: where terms cancel, or a level's cells are summed, float would lose digits that
+// plain PyTorch keeps.
 template <class A>
 struct Doubles {
   static constexpr int parts = sizeof(double) / sizeof(A);
@@ -52,6 +52,14 @@ template <class A>
 inline Doubles<A> operator-(Doubles<A> a, const Doubles<A>& b) {
   for (int i = 0; i < Doubles<A>::parts; ++i) {
     a.part[i] -= b.part[i];
+  }
+  return a;
+}
+
+template <class A>
+inline Doubles<A> operator*(Doubles<A> a, const Doubles<A>& b) {
+  for (int i = 0; i < Doubles<A>::parts; ++i) {
+    a.part[i] *= b.part[i];
   }
   return a;
 }
@@ -138,15 +146,14 @@ void sums(const PyramidNorm& a, int64_t begin, int64_t end) {
     const T* const y = static_cast<const T*>(a.y) + channel;
     const Doubles<A> mean = widened<A>(load(static_cast<const A*>(a.mean) + at, lanes));
     const Doubles<A> invstd = widened<A>(load(static_cast<const A*>(a.invstd) + at, lanes));
-    Doubles<A> sum{}, products{}, normal{};
+    Doubles<A> sum{}, products{};
     for_each_cell_of(a, start, area, [&](int64_t cell) {
       const Doubles<A> g = widened<A>(load_grad<T>(a, cell * a.channels + channel, lanes));
       add(sum, g);
       add_product(products, g, widened<A>(load(y + cell * a.channels, lanes)) - mean);
     });
-    add_product(normal, products, invstd);
     store(static_cast<A*>(a.result) + at, rounded(sum), lanes);
-    store(static_cast<A*>(a.second_result) + at, rounded(normal), lanes);
+    store(static_cast<A*>(a.second_result) + at, rounded(products * invstd), lanes);
   });
 }
 
@@ -186,14 +193,16 @@ template <class T>
 void backward(const PyramidNorm& a, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   for_each_cell<T>(a, begin, end, [&](int64_t i, int64_t at, auto lanes) {
-    const auto per_channel = [&](const void* values) { return load(static_cast<const A*>(values) + at, lanes); };
-    Vec<A> g = load_grad<T>(a, i, lanes);
-    const Vec<A> invstd = per_channel(a.invstd);
+    const auto per_channel = [&](const void* values) {
+      return widened<A>(load(static_cast<const A*>(values) + at, lanes));
+    };
+    Doubles<A> g = widened<A>(load_grad<T>(a, i, lanes));
+    const Doubles<A> invstd = per_channel(a.invstd);
     if (a.mean_grad != nullptr) {
-      const Vec<A> difference = load(static_cast<const T*>(a.y) + i, lanes) - per_channel(a.mean);
-      g = g - per_channel(a.mean_grad) - difference * (invstd * per_channel(a.mean_grad_normal));
+      const Doubles<A> difference = widened<A>(load(static_cast<const T*>(a.y) + i, lanes)) - per_channel(a.mean);
+      g = g - per_channel(a.mean_grad) - difference * invstd * per_channel(a.mean_grad_normal);
     }
-    store(static_cast<T*>(a.result) + i, g * (invstd * per_channel(a.weight)), lanes);
+    store(static_cast<T*>(a.result) + i, rounded(g * invstd * per_channel(a.weight)), lanes);
   });
 }
 

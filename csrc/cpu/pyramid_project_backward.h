@@ -139,10 +139,10 @@ void d_weight(const PyramidProjectBackward& a, int64_t begin, int64_t end, Accum
       }
       for (int64_t row = 0; row < a.reduced; row += kProjectRows) {
         const int64_t rows = least(kProjectRows, a.reduced - row);
-        for (int64_t q = 0; q < cells; q += kDepth) {
+        for (int64_t q = 0; q < cells; q += kProjectBlock) {  // short sums, for they round less
           for (int64_t c = 0; c < kStrip<A>; c += panel) {
             multiply<A, kTileVectors>(rows, grad + row * cells + q, cells, packed + q * kStrip<A> + c, kStrip<A>,
-                                      least(kDepth, cells - q), q > 0, sums + c, kStrip<A>, Ahead{packed, 0});
+                                      least(kProjectBlock, cells - q), q > 0, sums + c, kStrip<A>, Ahead{packed, 0});
           }
         }
         for (int64_t i = 0; i < rows; ++i) {
