@@ -99,7 +99,7 @@ def main():
         triton.knobs.nvidia.dump_ptxas_log = True
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
             rows = pool.map(compile_one, tasks, chunksize=1)
-    width = max(len(row.kernel) for row in rows)
+    width = max((len(row.kernel) for row in rows), default=6)
     print(f"triton {triton.__version__}")
     print(f"{'kernel':{width}}  arch  registers  spilled  shared  variant")
     for row in rows:

@@ -136,7 +136,7 @@ class Measure:
 
             start = time.perf_counter()
             call(plain)
-            rounds = max(15, min(60, int(4 / (time.perf_counter() - start))))
+            rounds = max(15, min(60, int(3 / (time.perf_counter() - start))))
             self.benchmark.group = f"{work}, {memory_format}"
             self.benchmark.pedantic(call, args=(function,), setup=before_each_round, rounds=rounds)
         median = self.benchmark.stats.stats.median

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from . import CompileCase, compile_case, on_device, refuses
-from .geometry import device_function, round_to, tiles
-from .pyramid_project import level_bins, level_factors, level_rows
+from .geometry import device_function, level_bins, level_factors, level_rows, round_to, tiles
 
 
 class Tile(NamedTuple):

@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 
 from . import TRITON_NAMES, CompileCase, compile_case, on_device, refuses
-from .geometry import INTERPRETED, cell_count, device_function, level_of, level_starts, round_to, tiles
+from .geometry import (
+    INTERPRETED,
+    cell_count,
+    device_function,
+    level_bins,
+    level_factors,
+    level_of_tile,
+    level_rows,
+    round_to,
+    tiles,
+)
 
 
 class Tile(NamedTuple):
@@ -54,46 +64,6 @@ WEIGHT_GRADIENT_TILES = {2: (Tile(inf, 32, 64, 64, 4, 3),), 4: (Tile(inf, 32, 64
 SUM_TILE, SUM_WARPS = {"BLOCK_M": 4, "BLOCK_R": 128}, 4
 # Channels are split until there are this many programs: about two for each multiprocessor of the largest GPUs.
 PROGRAMS, MOST_SPLITS = 256, 8
-
-
-@device_function
-def level_bins(level, BINS: tl.constexpr):
-    """A level's bins and its first cell."""
-    bins = 0
-    start = 0
-    for k in tl.static_range(len(BINS)):
-        bins = tl.where(level == k, BINS[k], bins)
-        start = tl.where(level == k, level_starts(BINS)[k], start)
-    return bins, start
-
-
-@device_function
-def level_of_tile(tile, N, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Tiles of BLOCK_M rows are counted level by level: the level of one, and which of the level's it is."""
-    level = 0
-    first = 0
-    counted = 0
-    for k in tl.static_range(len(BINS)):
-        level = tl.where(tile >= counted, k, level)
-        first = tl.where(tile >= counted, counted, first)
-        counted += tiles(N * BINS[k] * BINS[k], BLOCK_M)
-    return level, tile - first
-
-
-@device_function
-def level_rows(level, tile, N, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rows of the (N * S, C) packed pyramid that are a level's tile, and which of them exist."""
-    bins, start = level_bins(level, BINS)
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = m // (bins * bins)
-    return n.to(tl.int64) * cell_count(BINS) + start + (m - n * bins * bins), m < N * bins * bins
-
-
-@device_function
-def level_factors(row, r, R, BINS: tl.constexpr):
-    """Where the factors (B, R) of each row's level lie."""
-    level, _, _ = level_of(row % cell_count(BINS), BINS)
-    return (row * 0 + level)[:, None] * R + r[None, :]
 
 
 @device_function

@@ -17,8 +17,7 @@ void for_each_level(const PyramidNorm& a, Body body) {
   }
 }
 
-// A vector of accumulators in double: where terms cancel, or a level's cells are summed, float would lose digits that
-// plain PyTorch keeps.
+// A vector of accumulators in double: in sums over a level's cells float would lose digits that plain PyTorch keeps.
 template <class A>
 struct Doubles {
   static constexpr int parts = sizeof(double) / sizeof(A);
@@ -193,16 +192,14 @@ template <class T>
 void backward(const PyramidNorm& a, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   for_each_cell<T>(a, begin, end, [&](int64_t i, int64_t at, auto lanes) {
-    const auto per_channel = [&](const void* values) {
-      return widened<A>(load(static_cast<const A*>(values) + at, lanes));
-    };
-    Doubles<A> g = widened<A>(load_grad<T>(a, i, lanes));
-    const Doubles<A> invstd = per_channel(a.invstd);
+    const auto per_channel = [&](const void* values) { return load(static_cast<const A*>(values) + at, lanes); };
+    Vec<A> g = load_grad<T>(a, i, lanes);
+    const Vec<A> invstd = per_channel(a.invstd);
     if (a.mean_grad != nullptr) {
-      const Doubles<A> difference = widened<A>(load(static_cast<const T*>(a.y) + i, lanes)) - per_channel(a.mean);
-      g = g - per_channel(a.mean_grad) - difference * invstd * per_channel(a.mean_grad_normal);
+      const Vec<A> difference = load(static_cast<const T*>(a.y) + i, lanes) - per_channel(a.mean);
+      g = g - per_channel(a.mean_grad) - difference * (invstd * per_channel(a.mean_grad_normal));
     }
-    store(static_cast<T*>(a.result) + i, rounded(g * invstd * per_channel(a.weight)), lanes);
+    store(static_cast<T*>(a.result) + i, g * (invstd * per_channel(a.weight)), lanes);
   });
 }
 

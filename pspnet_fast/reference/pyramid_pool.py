@@ -13,7 +13,7 @@ from ..geometry import accumulation_dtype, bin_end, bin_start, level_starts, mem
 def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     pooled = [F.adaptive_avg_pool2d(wide, b).flatten(2) for b in bins]
-    return torch.cat(pooled, 2).transpose(1, 2).to(x.dtype).contiguous()
+    return torch.cat(pooled, 2).transpose(1, 2).to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def pyramid_pool_backward(
