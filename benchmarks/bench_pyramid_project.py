@@ -11,7 +11,7 @@ CELLS = sum(b * b for b in BINS)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-def bench(measure, workload, provider, device, dtype, backward):
+def bench_projection(measure, workload, provider, device, dtype, backward):
     shape = WORKLOADS[workload]
     pyramid = torch.randn(shape.batch, CELLS, shape.channels, device=device).to(dtype)
     weights = [(torch.randn(shape.reduced, shape.channels, device=device) / 50).to(dtype) for _ in BINS]

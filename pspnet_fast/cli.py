@@ -6,29 +6,94 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from .data.classes import CLASSES
+
+CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
+BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    from . import __version__, predict
+    from . import __version__
 
     parser = argparse.ArgumentParser(prog="pspnet-fast", description="PSPNet on fast kernels.")
     parser.add_argument("--version", action="version", version=f"pspnet_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    predict.add_arguments(commands.add_parser("predict", help="label pictures"))
+    _add_predict_arguments(commands.add_parser("predict", help="label pictures"))
     commands.add_parser("doctor", help="print versions, hardware and backends, for a bug report")
     args = parser.parse_args(argv)
     if args.command == "doctor":
         print("\n".join(report()))
         return 0
-    return predict.run(args)
+    return _predict(args)
+
+
+def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="JPEG or PNG files, or folders of them")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of PSPNet, ours or semseg's")
+    weights.add_argument("--random-weights", action="store_true", help="an untrained network, to try the command")
+    parser.add_argument("--dataset", choices=sorted(CLASSES), default="ade20k", help="names and colours of the classes")
+    parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
+    parser.add_argument("--crop", type=int, help="side of the sliding windows (default 473, cityscapes 713)")
+    parser.add_argument("--whole", action="store_true", help="show whole pictures, at their own size, without windows")
+    parser.add_argument("--base-size", type=int, help="long side at scale 1 (default 512, cityscapes 2048)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="averaged over, such as 0.5 1 1.5")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default 4)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
+    )
+
+
+def _predict(args: argparse.Namespace) -> int:
+    """Exit status 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start."""
+    try:
+        from . import predict
+
+        _check_predict_arguments(args)
+        protocol = predict.Protocol(
+            crop=None if args.whole else args.crop or CROPS[args.dataset],
+            base_size=args.base_size or (None if args.whole else BASE_SIZES[args.dataset]),
+            scales=tuple(args.scales),
+            flip=args.flip,
+            batch_size=args.batch_size,
+        )
+        paths = predict.pictures_of(args.pictures, args.output)
+        predict.make_folder(args.output)
+        classes = CLASSES[args.dataset]
+        torch.manual_seed(0)  # --random-weights gives the same noise every time
+        net = predict.load_network(args.weights, args.layers, len(classes.names)).to(args.device)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"pspnet-fast predict: {error}", file=sys.stderr)
+        return 2
+    if args.random_weights:
+        print("pspnet-fast predict: the network is untrained, its labels mean nothing", file=sys.stderr)
+    failed = predict.predict_files(net, paths, args.output, classes, protocol)
+    for sentence in failed:
+        print(f"pspnet-fast predict: {sentence}", file=sys.stderr)
+    print(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
+    return 1 if failed else 0
+
+
+def _check_predict_arguments(args: argparse.Namespace) -> None:
+    for name, value in (("crop", args.crop), ("base-size", args.base_size), ("batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if min(args.scales) <= 0:
+        raise ValueError(f"--scales must be positive, got {args.scales}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch {torch.__version__} finds no CUDA GPU here")
 
 
 def report() -> Iterator[str]:
     """What `pspnet-fast doctor` prints: versions, what was built, the hardware, and which backend each op would take."""
     from importlib import metadata
-
-    import torch
 
     from . import __version__, backends
 

@@ -2,39 +2,43 @@
 
 The protocol is that of semseg (hszhao/semseg, tool/test.py): the picture is resized so that its long side is
 scale * base_size, cut into windows of `crop` that overlap by a third, the softmax of all windows averaged, resized to the
-picture's size, and averaged over scales. Everything runs on the network's device.
+picture's size, and averaged over scales. Everything runs on the network's device. `pspnet-fast predict` is its command line.
+
+Past 300 lines, because reading, legend and writing serve the protocol only and are read beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data.classes import CLASSES, Classes
+from .data.classes import Classes
+from .geometry import bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
 
-if TYPE_CHECKING:
-    from PIL import Image
+try:
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f"predict needs Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of RGB from 0 to 255
 STD = (58.395, 57.12, 57.375)
 PICTURES = (".jpg", ".jpeg", ".png")
-
-CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
-BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
+BAND = 2**24  # probabilities at the picture's size that are held at once: 64 MB
 
 
-class PictureError(Exception):
+class PictureError(ValueError):
     """A file that is no picture, or a picture that cannot be written; the message names it."""
 
 
@@ -101,6 +105,39 @@ def _sliding(net: nn.Module, image: torch.Tensor, protocol: Protocol, crop: int)
     return (total / count)[:, top : top + height, left : left + width]
 
 
+def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[torch.Tensor]:
+    """Class probabilities (K, h, w) at every scale, at the size the network saw."""
+    if pixels.dim() != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
+        raise ValueError(f"predict: pixels must be (3, H, W), got {tuple(pixels.shape)}")
+    image = network_input(pixels.float())
+    size = image.shape[1], image.shape[2]
+    maps = []
+    for scale in protocol.scales:
+        long_side = round(scale * (protocol.base_size or max(size)))
+        scaled = [max(1, round(long_side / max(size) * side)) for side in size]
+        resized = F.interpolate(image[None], scaled, mode="bilinear", align_corners=False)
+        if protocol.crop is None:
+            maps.append(_softmax(net, resized, protocol)[0])
+        else:
+            maps.append(_sliding(net, resized[0], protocol, protocol.crop))
+    return maps
+
+
+def _rows(maps: Sequence[torch.Tensor], rows: range, height: int, width: int) -> torch.Tensor:
+    """Some rows (K, rows, W) of the mean of `maps`, each resized to (H, W) bilinearly with half-pixel centres."""
+    total = None
+    for one in maps:
+        lower, upper, numerator, denominator = zip(
+            *(bilinear_tap(i, height, one.shape[1], align_corners=False) for i in rows), strict=True
+        )
+        share = one.new_tensor(numerator) / one.new_tensor(denominator)
+        blended = torch.lerp(one[:, list(lower)], one[:, list(upper)], share[:, None])
+        resized = F.interpolate(blended[None], (len(rows), width), mode="bilinear", align_corners=False)[0]
+        total = resized if total is None else total.add_(resized)
+    assert total is not None
+    return total / len(maps)
+
+
 @torch.inference_mode()
 def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> torch.Tensor:
     """Class probabilities of one picture.
@@ -116,34 +153,33 @@ def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protoc
     Raises:
         ValueError: pixels of another shape.
     """
-    if pixels.dim() != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
-        raise ValueError(f"predict: pixels must be (3, H, W), got {tuple(pixels.shape)}")
-    image = network_input(pixels.float())
-    size = height, width = image.shape[1], image.shape[2]
-    total = None
-    for scale in protocol.scales:
-        long_side = round(scale * (protocol.base_size or max(size)))
-        scaled = [max(1, round(long_side / max(size) * side)) for side in size]
-        resized = F.interpolate(image[None], scaled, mode="bilinear", align_corners=False)
-        if protocol.crop is None:
-            probabilities = _softmax(net, resized, protocol)
-        else:
-            probabilities = _sliding(net, resized[0], protocol, protocol.crop)[None]
-        probabilities = F.interpolate(probabilities, (height, width), mode="bilinear", align_corners=False)[0]
-        total = probabilities if total is None else total + probabilities
-    assert total is not None
-    return total / len(protocol.scales)
+    maps = _by_scale(net, pixels, protocol)
+    height, width = pixels.shape[1:]
+    return _rows(maps, range(height), height, width)
+
+
+@torch.inference_mode()
+def predict_labels(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """`predict_probabilities(...).argmax(0)`, (H, W), in bands of rows: all of a photograph's probabilities are gigabytes."""
+    maps = _by_scale(net, pixels, protocol)
+    height, width = pixels.shape[1:]
+    step = max(1, BAND // (maps[0].shape[0] * width))
+    bands = (range(start, min(start + step, height)) for start in range(0, height, step))
+    return torch.cat([_rows(maps, rows, height, width).argmax(0) for rows in bands])
 
 
 def read_picture(path: Path) -> Image.Image:
     """A picture in RGB, turned as its EXIF orientation says. PictureError names a file that is none, or is cut short."""
-    from PIL import Image, ImageOps
-
     if path.is_dir():
         raise PictureError(f"{path}: is a directory, not a picture")
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+            if picture.mode == "F":
+                raise ValueError("floating-point pixels, of no known range")
+            return picture.convert("RGB")
     except FileNotFoundError:
         raise PictureError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -152,23 +188,17 @@ def read_picture(path: Path) -> Image.Image:
 
 def to_pixels(picture: Image.Image, device: torch.device) -> torch.Tensor:
     """(3, H, W), uint8."""
-    import numpy as np
-
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device)
 
 
 def colour(labels: torch.Tensor, classes: Classes) -> Image.Image:
     """Labels (H, W) as a picture in the dataset's colours."""
-    from PIL import Image
-
     palette = torch.tensor(classes.colours, dtype=torch.uint8)
     return Image.fromarray(palette[labels.cpu().long()].numpy())
 
 
 def overlay(picture: Image.Image, labels: torch.Tensor, classes: Classes) -> Image.Image:
     """The picture under its colours, and beside it a legend: swatch, name and share of the classes, largest first."""
-    from PIL import Image, ImageDraw, ImageFont
-
     size = max(12, min(22, picture.height // 24))
     font, row, margin = ImageFont.load_default(size), round(1.6 * size), size
     counts = torch.bincount(labels.cpu().flatten().long(), minlength=len(classes.names))
@@ -176,7 +206,7 @@ def overlay(picture: Image.Image, labels: torch.Tensor, classes: Classes) -> Ima
     height = max(picture.height, 2 * margin + 5 * row)
     room = (height - 2 * margin) // row
     shown = present if len(present) <= room else present[: room - 1]
-    entries = [f"{classes.names[k]}  {100 * int(counts[k]) / labels.numel():.1f} %" for k in shown]
+    entries = [f"{classes.names[k]}  {_per_cent(int(counts[k]), labels.numel())}" for k in shown]
     if len(shown) < len(present):
         entries.append(f"and {len(present) - len(shown)} more")
     panel = 3 * margin + round(max(font.getlength(entry) for entry in entries)) + size
@@ -190,6 +220,11 @@ def overlay(picture: Image.Image, labels: torch.Tensor, classes: Classes) -> Ima
             draw.rectangle((x, y, x + size, y + size), fill=classes.colours[shown[i]], outline="black")
         draw.text((x + size + margin, y + size / 2), entry, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def _per_cent(part: int, whole: int) -> str:
+    share = 100 * part / whole
+    return f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -210,11 +245,9 @@ def outputs(path: Path, folder: Path) -> dict[str, Path]:
 
 def predict_file(net: nn.Module, path: Path, folder: Path, classes: Classes, protocol: Protocol) -> None:
     """Read a picture, predict it, and write labels, colours and overlay into `folder`."""
-    from PIL import Image
-
     picture = read_picture(path)
     device = next(net.parameters()).device
-    labels = predict_probabilities(net, to_pixels(picture, device), protocol).argmax(0).to(torch.uint8).cpu()
+    labels = predict_labels(net, to_pixels(picture, device), protocol).to(torch.uint8).cpu()
     made = {
         "labels": Image.fromarray(labels.numpy()),
         "colour": colour(labels, classes),
@@ -242,7 +275,7 @@ def load_network(weights: Path | None, layers: int, classes: int) -> PSPNet:
     return net.eval()
 
 
-def _pictures(arguments: Sequence[Path], folder: Path) -> list[Path]:
+def pictures_of(arguments: Sequence[Path], folder: Path) -> list[Path]:
     """The files to predict: a directory stands for its pictures, sorted."""
     found: list[Path] = []
     for argument in arguments:
@@ -264,66 +297,24 @@ def _pictures(arguments: Sequence[Path], folder: Path) -> list[Path]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `pspnet-fast predict`."""
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="JPEG or PNG files, or folders of them")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of PSPNet, ours or semseg's")
-    weights.add_argument("--random-weights", action="store_true", help="an untrained network, to try the command")
-    parser.add_argument("--dataset", choices=sorted(CLASSES), default="ade20k", help="names and colours of the classes")
-    parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
-    parser.add_argument("--crop", type=int, help="side of the sliding windows (default 473, cityscapes 713)")
-    parser.add_argument("--whole", action="store_true", help="show whole pictures, at their own size, without windows")
-    parser.add_argument("--base-size", type=int, help="long side at scale 1 (default 512, cityscapes 2048)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="averaged over, such as 0.5 1 1.5")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default 4)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
-    )
-
-
-def _protocol(args: argparse.Namespace) -> Protocol:
-    for name, value in (("crop", args.crop), ("base-size", args.base_size), ("batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if min(args.scales) <= 0:
-        raise ValueError(f"--scales must be positive, got {args.scales}")
-    return Protocol(
-        crop=None if args.whole else args.crop or CROPS[args.dataset],
-        base_size=args.base_size or (None if args.whole else BASE_SIZES[args.dataset]),
-        scales=tuple(args.scales),
-        flip=args.flip,
-        batch_size=args.batch_size,
-    )
-
-
-def _progress(paths: Sequence[Path]) -> Iterator[Path]:
-    from tqdm import tqdm
-
-    yield from tqdm(paths, unit="picture", disable=len(paths) < 2)
-
-
-def run(args: argparse.Namespace) -> int:
-    """`pspnet-fast predict`. Exit status 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start."""
+def make_folder(folder: Path) -> None:
+    """Make a folder, and see that files can be written into it before hours are spent on them. PictureError where not."""
     try:
-        classes, protocol = CLASSES[args.dataset], _protocol(args)
-        net = load_network(args.weights, args.layers, len(classes.names)).to(args.device)
-        paths = _pictures(args.pictures, args.output)
-        args.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, RuntimeError, PictureError) as error:
-        print(f"pspnet-fast predict: {error}", file=sys.stderr)
-        return 2
-    if args.random_weights:
-        print("pspnet-fast predict: the network is untrained, its labels mean nothing", file=sys.stderr)
-    failed: list[str] = []
-    for path in _progress(paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PictureError(f"{folder}: cannot be written into: {error.strerror or error}") from error
+
+
+def predict_files(
+    net: nn.Module, paths: Sequence[Path], folder: Path, classes: Classes, protocol: Protocol
+) -> list[PictureError]:
+    """`predict_file` for each, with a progress bar where there are several. Returns what failed; the rest is done."""
+    failed = []
+    for path in tqdm(paths, unit="picture", disable=len(paths) < 2):
         try:
-            predict_file(net, path, args.output, classes, protocol)
+            predict_file(net, path, folder, classes, protocol)
         except PictureError as error:
-            failed.append(str(error))
-    for sentence in failed:
-        print(f"pspnet-fast predict: {sentence}", file=sys.stderr)
-    print(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
-    return 1 if failed else 0
+            failed.append(error)
+    return failed

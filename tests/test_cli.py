@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -57,6 +55,7 @@ def test_a_corrupt_picture_is_named_and_the_rest_goes_on(pictures, tmp_path, cap
         (["{pictures}/p0.png", "{pictures}/p0_labels.png", "--random-weights", "--output", "{pictures}"], "overwrite"),
         (["{pictures}/p0.png", "--random-weights", "--scales", "0"], "--scales must be positive"),
         (["{pictures}/p0.png", "--random-weights", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["{pictures}/p0.png", "--random-weights", "--output", "/proc/self"], "/proc/self: cannot be written into"),
     ],
 )
 def test_what_cannot_start(pictures, tmp_path, capsys, arguments, words):
@@ -70,11 +69,27 @@ def test_what_cannot_start(pictures, tmp_path, capsys, arguments, words):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_an_output_that_cannot_be_written(pictures, tmp_path, capsys):
-    (tmp_path / "out").mkdir(mode=0o500)
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99" if torch.cuda.is_available() else "cuda"])
+def test_a_device_that_is_not_there(pictures, tmp_path, capsys, device):
+    arguments = ["--random-weights", "--layers", "18", "--device", device, "--output", str(tmp_path / "out")]
+    assert cli.main(["predict", str(pictures), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("pspnet-fast predict: ")
+
+
+def test_a_result_that_cannot_be_written_is_named_and_the_rest_goes_on(pictures, tmp_path, capsys):
+    (tmp_path / "out" / "p0_labels.png").mkdir(parents=True)
     assert predict(pictures, "--random-weights", "--output", tmp_path / "out") == 1
-    assert "cannot be written" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "p0_labels.png: cannot be written" in said.err
+    assert "1 of 2 pictures predicted" in said.out
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.endswith(".part")]
+
+
+def test_random_weights_are_the_same_every_time(pictures, tmp_path):
+    for name in ("a", "b"):
+        assert predict(pictures / "p0.png", "--random-weights", "--output", tmp_path / name) == 0
+    first, second = ((tmp_path / name / "p0_labels.png").read_bytes() for name in ("a", "b"))
+    assert first == second
 
 
 def test_weights_must_be_asked_for(pictures, capsys):

@@ -16,3 +16,8 @@ def test_demo_compares_and_writes_its_pictures(tmp_path, capsys):
     }
     with Image.open(tmp_path / "street_labels.png") as labels:
         assert labels.size == (640, 480)
+
+
+def test_what_the_demo_cannot_read_is_named(tmp_path, capsys):
+    assert demo.main(["--image", str(tmp_path / "absent.jpg"), "--output", str(tmp_path)]) == 2
+    assert "absent.jpg: no such file" in capsys.readouterr().err

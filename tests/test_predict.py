@@ -1,4 +1,6 @@
+import importlib
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pspnet_fast import PSPNet
+from pspnet_fast import PSPNet, predict
 from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.predict import (
     MEAN,
@@ -17,6 +19,7 @@ from pspnet_fast.predict import (
     colour,
     load_network,
     overlay,
+    predict_labels,
     predict_probabilities,
     read_picture,
     save,
@@ -108,6 +111,21 @@ def test_whole_pictures():
     assert {shape[2:] for shape in net.sizes} == {(20, 31)}
 
 
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.75)], ids=str)
+def test_labels_come_in_bands_of_rows(monkeypatch, scales):
+    """The same labels as of all probabilities at once, which are never all there."""
+    net, pixels = Stub().eval(), torch.rand(3, 31, 44) * 255
+    protocol = Protocol(crop=17, base_size=40, scales=scales)
+    expected = predict_probabilities(net, pixels, protocol).argmax(0)
+    monkeypatch.setattr(predict, "BAND", 4 * 44 * 7)
+    rows, heights = predict._rows, []
+    monkeypatch.setattr(
+        predict, "_rows", lambda maps, some, *size: heights.append(len(some)) or rows(maps, some, *size)
+    )
+    assert torch.equal(predict_labels(net, pixels, protocol), expected)
+    assert heights == [7, 7, 7, 7, 3]
+
+
 def test_windows_cover_an_axis():
     assert windows(473, 473) == [0]
     assert windows(474, 473) == [0, 1]
@@ -138,6 +156,23 @@ def test_read_picture(tmp_path):
     exif[0x0112] = 6  # taken with the camera turned: shown upright it is 6 wide, 9 high
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert read_picture(tmp_path / "turned.jpg").size == (6, 9)
+
+
+def test_16_bit_pictures_keep_their_grey_levels(tmp_path):
+    grey = np.arange(54, dtype=np.uint8).reshape(6, 9) * 4
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (np.asarray(read_picture(tmp_path / "deep.png")) == grey[..., None]).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(PictureError, match=r"float\.tiff.*no known range"):
+        read_picture(tmp_path / "float.tiff")
+
+
+@pytest.mark.parametrize("module", ["pspnet_fast.predict", "pspnet_fast.data.picture"])
+def test_a_missing_extra_is_named_with_its_command(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=r"needs Pillow.*pip install 'pspnet_fast\[predict\]'"):
+        importlib.import_module(module)
 
 
 def test_files_that_are_no_pictures(tmp_path):

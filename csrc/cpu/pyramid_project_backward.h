@@ -52,8 +52,8 @@ void pack_strip(const T* source, int64_t width, Accumulator<T>* packed) {
 }
 
 // Grid     strips of channels [begin, end)
-// Tile     kProjectBlock rows of a strip of the weight, packed, times kProjectRows cells at a time; so strip after strip
-//          while their sums fit L2, then the next rows. Meanwhile the next strip is fetched
+// Tile     kProjectBlock rows of a strip of the weight, packed, times kProjectRows cells at a time; so strip after
+//          strip while their sums fit L2, then the next rows. Meanwhile the next strip is fetched
 // Traffic  the weights read once, d_pyramid written once
 template <class T>
 void d_pyramid(const PyramidProjectBackward& a, int64_t begin, int64_t end, Accumulator<T>* sums) {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+try:
+    from PIL import Image, ImageDraw, ImageFilter
+except ImportError as error:
+    raise ImportError(f"the drawn picture needs Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
 
 Colour = tuple[int, int, int]
 HORIZON = 0.56  # of the height
@@ -20,8 +20,6 @@ def _shade(colour: Colour, factor: float) -> Colour:
 
 def _smooth_noise(random: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
     """Noise between 0 and 1 (height, width) that varies over about 1 / cells of the width."""
-    from PIL import Image
-
     coarse = random.random((max(2, cells * height // width), cells)).astype(np.float32)
     fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(fine).clip(0, 1)
@@ -116,8 +114,6 @@ def draw_street(seed: int = 0, width: int = 640, height: int = 480) -> Image.Ima
     Returns:
         A picture in RGB.
     """
-    from PIL import Image, ImageDraw, ImageFilter
-
     random = np.random.default_rng(seed)
     horizon = round(HORIZON * height)
     pixels = np.full((height, width, 3), 150.0)
