@@ -10,13 +10,17 @@ export MAX_JOBS ?= $(shell nproc)
 # Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
 TORCH_INDEX ?=
 
-.PHONY: demo test bench lint format types triton-check abi-check package-check clean
+.PHONY: demo test emulation bench lint format types triton-check abi-check package-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
 
-test: $(VENV)/.built
+test: $(VENV)/.built emulation
 	$(BIN)/python -m pytest -q
+
+# The CUDA kernels for the CPU, thread by thread: where there is no GPU, the tests run them so.
+emulation: $(VENV)/.deps
+	$(MAKE) -j$(MAX_JOBS) --no-print-directory -f tests/emulation/Makefile PYTHON=$(BIN)/python
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,8 +1,9 @@
 // Every native op. The CPU and CUDA kernels register themselves under these names, each in its own file;
 // pspnet_fast/reference/ has the same functions in plain PyTorch.
 
+#include "library.h"
+
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <vector>
@@ -54,8 +55,9 @@ std::vector<int64_t> bilinear_taps(int64_t size, int64_t cells, bool align_corne
 }  // namespace
 }  // namespace pspnet_fast
 
-STABLE_TORCH_LIBRARY(pspnet_fast_native, m) {
+PSPNET_FAST_OPS(m) {
   m.def("pyramid_pool_forward(Tensor x, int[] bins) -> Tensor");
+  m.def("pyramid_pool_concat(Tensor x, int[] bins, int channels, int first_channel) -> (Tensor, Tensor)");
   m.def("pyramid_pool_backward(Tensor grad, Tensor? grad_input, int[] size, int[] bins, bool channels_last) -> Tensor");
 
   m.def("pyramid_project_forward(Tensor pyramid, Tensor[] weight, int[] bins, Tensor? scale, Tensor? shift, bool relu)"
@@ -69,8 +71,13 @@ STABLE_TORCH_LIBRARY(pspnet_fast_native, m) {
         " -> (Tensor, Tensor)");
   m.def("pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd,"
         " Tensor weight, bool relu, Tensor? mean_grad, Tensor? mean_grad_normal) -> Tensor");
+  m.def("pyramid_norm_training(Tensor y, int[] bins, Tensor[] weight, Tensor[] bias, Tensor(a!)[] running_mean,"
+        " Tensor(b!)[] running_var, float[] momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd,"
+        " Tensor[] weight, bool relu) -> (Tensor, Tensor, Tensor)");
 
   m.def("upsample_concat_forward(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor");
+  m.def("upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()");
   m.def("upsample_concat_backward(Tensor grad, int channels, int[] bins, int[] order, bool align_corners) -> Tensor");
 
   // What was built, what this machine runs, and csrc/geometry.h for the test that compares the three geometries.
@@ -81,7 +88,7 @@ STABLE_TORCH_LIBRARY(pspnet_fast_native, m) {
   m.def("bilinear_taps(int size, int cells, bool align_corners) -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CompositeExplicitAutograd, m) {
+PSPNET_FAST_KERNELS(CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&pspnet_fast::cpu_capability_name));
   m.impl("cuda_architectures", TORCH_BOX(&pspnet_fast::cuda_architectures));
   m.impl("bin_windows", TORCH_BOX(&pspnet_fast::bin_windows));

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -63,14 +64,31 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _native(name: str, device_type: str) -> Callable[..., Any] | Refusal:
-    if missing := load_extension():
+def emulated() -> str | None:
+    """The library that runs the CUDA kernels on the CPU, thread by thread, for tests (tests/emulation), or None.
+
+    PSPNET_FAST_CUDA_EMULATION names it, before the first op is called.
+    """
+    return os.environ.get("PSPNET_FAST_CUDA_EMULATION") or None
+
+
+@functools.cache
+def _load_emulation(library: str) -> None:
+    torch.ops.load_library(library)
+
+
+def _native(name: str, backend: str) -> Callable[..., Any] | Refusal:
+    namespace, key = "pspnet_fast_native", backend.upper()
+    if backend == "cuda" and (library := emulated()):
+        _load_emulation(library)
+        namespace, key = "pspnet_fast_emulated", "CPU"
+    elif missing := load_extension():
         return missing
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pspnet_fast_native::{name}", device_type.upper()):
-        if device_type == "cuda":
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+        if backend == "cuda":
             return NotBuilt(f"pspnet_fast._C was built without CUDA code for {name}")
         return NotBuilt(f"pspnet_fast._C holds no code for {name}: rebuild it from these sources")
-    function: Callable[..., Any] = getattr(torch.ops.pspnet_fast_native, name).default
+    function: Callable[..., Any] = getattr(getattr(torch.ops, namespace), name).default
     return function
 
 
@@ -97,15 +115,44 @@ def find(op: str, direction: str, backend: str) -> Callable[..., Any] | Refusal:
     return function
 
 
+@functools.cache
+def _without_code_for(device: torch.device) -> str | None:
+    """Why the extension's CUDA kernels cannot run on this GPU, or None.
+
+    Machine code runs on the compute capability it was built for and on later minor ones; PTX on everything later.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    built = torch.ops.pspnet_fast_native.cuda_architectures()
+    for name in built.replace(" ", ";").split(";"):
+        major, minor = map(int, re.fullmatch(r"(\d+)\.(\d+)a?(?:\+PTX)?", name).groups())  # type: ignore[union-attr]
+        exact = name.removesuffix("+PTX").endswith("a")
+        if (major, minor) == capability:
+            return None
+        if not exact and (major, minor) <= capability and (major == capability[0] or name.endswith("+PTX")):
+            return None
+    here = "{}.{}".format(*capability)
+    return (
+        f"pspnet_fast._C was built for compute capability {built}, and {device} has {here}: "
+        f"build it again with TORCH_CUDA_ARCH_LIST={here}"
+    )
+
+
 def refusal(op: str, backend: str, *args: Any) -> Refusal | None:
     """Why a backend that is installed does not take these arguments, or None. The first argument is a tensor."""
-    device = args[0].device.type
-    if backend in ("cpu", "cuda") and device != backend:
-        return Refusal(f"backend {backend} runs on {backend} tensors, got one on {args[0].device}")
+    device, dtype = args[0].device, args[0].dtype
+    if backend == "cpu" and device.type != "cpu":
+        return Refusal(f"backend cpu runs on cpu tensors, got one on {device}")
+    if backend == "cuda":
+        if device.type != ("cpu" if emulated() else "cuda"):
+            return Refusal(f"backend cuda runs on cuda tensors, got one on {device}")
+        if dtype == torch.float64:
+            return Refusal(f"backend cuda takes float32, bfloat16 and float16, got {dtype}")
+        if device.type == "cuda" and (missing := _without_code_for(device)):
+            return NotBuilt(missing)
     if backend == "triton":
-        if device != "cuda" and not (interpreted() and device == "cpu"):
+        if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
             return Refusal(
-                f"backend triton runs on cuda tensors, got one on {args[0].device} "
+                f"backend triton runs on cuda tensors, got one on {device} "
                 "(TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly, for tests)"
             )
         if refuses := getattr(_module(op, backend), f"{op}_refuses", None):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backends import BACKENDS, Refusal, directions, find, interpreted, refusal, use_backend
+from .backends import BACKENDS, Refusal, directions, emulated, find, interpreted, refusal, use_backend
 from .geometry import levels
 
 
@@ -95,8 +95,9 @@ class PlainPPM(nn.Module):
 
 
 def device(backend: str) -> str:
-    """The device a backend is tested on: cuda for cuda and triton, unless Triton is interpreted."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted()) else "cpu"
+    """The device a backend is tested on: cuda for cuda and triton, unless the one is emulated, the other interpreted."""
+    on_cpu = {"cuda": emulated(), "triton": interpreted(), "cpu": True, "reference": True}
+    return "cpu" if on_cpu[backend] else "cuda"
 
 
 def unavailable(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:

@@ -108,6 +108,7 @@ def test_a_backend_has_every_direction(op, backend):
 # A schema may gain arguments with defaults; what stands here goes on working.
 SCHEMAS = """
 pyramid_pool(Tensor x, int[] bins) -> Tensor
+pyramid_pool_concat(Tensor x, int[] bins, SymInt channels, SymInt first_channel) -> (Tensor, Tensor)
 pyramid_pool_backward(Tensor grad, Tensor? grad_input, SymInt[] size, int[] bins, bool channels_last) -> Tensor
 pyramid_project(Tensor pyramid, Tensor[] weight, int[] bins, Tensor? scale, Tensor? shift, bool relu) -> Tensor
 pyramid_project_backward(Tensor grad, Tensor pyramid, Tensor[] weight, int[] bins) -> (Tensor, Tensor)
@@ -117,6 +118,7 @@ pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd,
 pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor weight, Tensor? mean_grad, \
 Tensor? mean_grad_normal, int[] bins, bool relu) -> Tensor
 upsample_concat(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor
+upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()
 upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor
 """.strip().splitlines()
 

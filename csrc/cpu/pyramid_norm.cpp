@@ -2,8 +2,6 @@
 
 #include "cpu/pyramid_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -13,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/pyramid_norm_kernels.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace pspnet_fast {
 namespace {
@@ -138,7 +137,7 @@ Tensor pyramid_norm_backward_cpu(const Tensor& grad, const Tensor& y, const Tens
 }  // namespace
 }  // namespace pspnet_fast
 
-STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CPU, m) {
+PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("pyramid_norm_statistics", TORCH_BOX(&pspnet_fast::pyramid_norm_statistics_cpu));
   m.impl("pyramid_norm_forward", TORCH_BOX(&pspnet_fast::pyramid_norm_forward_cpu));
   m.impl("pyramid_norm_sums", TORCH_BOX(&pspnet_fast::pyramid_norm_sums_cpu));

@@ -2,8 +2,6 @@
 
 #include "cpu/pyramid_pool.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -12,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/pyramid_pool_kernels.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace pspnet_fast {
 namespace {
@@ -134,7 +133,7 @@ Tensor pyramid_pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>
 }  // namespace
 }  // namespace pspnet_fast
 
-STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CPU, m) {
+PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("pyramid_pool_forward", TORCH_BOX(&pspnet_fast::pyramid_pool_forward_cpu));
   m.impl("pyramid_pool_backward", TORCH_BOX(&pspnet_fast::pyramid_pool_backward_cpu));
 }

@@ -2,8 +2,6 @@
 
 #include "cpu/pyramid_project.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -13,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/pyramid_project_kernels.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace pspnet_fast {
 namespace {
@@ -151,7 +150,7 @@ std::tuple<Tensor, Tensor> pyramid_project_backward_cpu(const Tensor& grad, cons
 }  // namespace
 }  // namespace pspnet_fast
 
-STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CPU, m) {
+PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("pyramid_project_forward", TORCH_BOX(&pspnet_fast::pyramid_project_forward_cpu));
   m.impl("pyramid_project_backward", TORCH_BOX(&pspnet_fast::pyramid_project_backward_cpu));
 }

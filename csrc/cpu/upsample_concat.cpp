@@ -2,8 +2,6 @@
 
 #include "cpu/upsample_concat.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -13,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/upsample_concat_kernels.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace pspnet_fast {
 namespace {
@@ -188,7 +187,7 @@ Tensor upsample_concat_backward_cpu(const Tensor& grad, int64_t channels, const 
 }  // namespace
 }  // namespace pspnet_fast
 
-STABLE_TORCH_LIBRARY_IMPL(pspnet_fast_native, CPU, m) {
+PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("upsample_concat_forward", TORCH_BOX(&pspnet_fast::upsample_concat_forward_cpu));
   m.impl("upsample_concat_backward", TORCH_BOX(&pspnet_fast::upsample_concat_backward_cpu));
 }

@@ -20,13 +20,21 @@ from ._define import LIBRARY, define
 
 
 @overload
-def pyramid_pool(x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[False] = ...) -> torch.Tensor: ...
+def pyramid_pool(x: torch.Tensor, bins: Sequence[int] = ...) -> torch.Tensor: ...
 @overload
 def pyramid_pool(
     x: torch.Tensor, bins: Sequence[int] = ..., *, return_input: Literal[True]
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
 def pyramid_pool(
-    x: torch.Tensor, bins: Sequence[int] = (1, 2, 3, 6), *, return_input: bool = False
+    x: torch.Tensor, bins: Sequence[int] = ..., *, reserve: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def pyramid_pool(
+    x: torch.Tensor,
+    bins: Sequence[int] = (1, 2, 3, 6),
+    *,
+    return_input: bool = False,
+    reserve: tuple[int, int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Pool a feature map to every level of a pyramid (Zhao et al., CVPR 2017, section 3.2).
 
@@ -37,21 +45,37 @@ def pyramid_pool(
         bins: cells per axis of each level.
         return_input: also return x itself. Use that x further on instead of the argument: its gradient is then added
             in the same pass that spreads the pyramid's, instead of in one of its own.
+        reserve: (before, after): also return x with so many channels before and after it that hold nothing yet, for
+            `upsample_concat(..., in_place=True)` to fill: x is copied by the pass that pools it. Its gradient joins
+            the pyramid's as with `return_input`.
 
     Returns:
         The packed pyramid (N, S, C), S = sum of b*b, levels in the order of `bins`, each row-major; with
-        `return_input`, the pair (pyramid, x).
+        `return_input`, the pair (pyramid, x); with `reserve`, the pair of the pyramid and a new tensor
+        (N, before + C + after, H, W) in x's memory format.
 
     Raises:
-        ValueError: x is not 4-D or has an empty axis other than N, or bins is empty or has a number below 1.
+        ValueError: x is not 4-D or has an empty axis other than N, bins is empty or has a number below 1, reserve is
+            negative, or both reserve and return_input are asked for.
         TypeError: x is not a floating-point tensor, or bins are not integers.
     """
     bins = check_bins("pyramid_pool", bins)
     check_features("pyramid_pool", x)
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    if reserve is not None:
+        before, after = reserve
+        if return_input or min(before, after) < 0:
+            raise ValueError(
+                "pyramid_pool: reserve must be two numbers of channels, without return_input, "
+                f"got {reserve} and return_input={return_input}"
+            )
+        pool: Any = cast(Any, _PoolAndReserve).apply if needs_grad else _concat_op
+        reserved: tuple[torch.Tensor, torch.Tensor] = pool(x, bins, before + x.shape[1] + after, before)
+        return reserved
     if not return_input:
         pyramid: torch.Tensor = _op(x, bins)
         return pyramid
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not needs_grad:
         return _op(x, bins), x
     pair: tuple[torch.Tensor, torch.Tensor] = cast(Any, _PoolAndPass).apply(x, bins)
     return pair
@@ -64,6 +88,22 @@ def _forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
 
 def _forward_fake(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
     return x.new_empty(x.shape[0], cell_count(bins), x.shape[1])
+
+
+def _concat(
+    x: torch.Tensor, bins: Sequence[int], channels: int, first_channel: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pair: tuple[torch.Tensor, torch.Tensor] = run("pyramid_pool", "concat", dense(x), bins, channels, first_channel)
+    return pair
+
+
+def _concat_fake(
+    x: torch.Tensor, bins: Sequence[int], channels: int, first_channel: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, _, height, width = x.shape
+    format_of_x = memory_format(is_channels_last(x))
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=format_of_x)
+    return _forward_fake(x, bins), out
 
 
 def _backward(
@@ -93,6 +133,11 @@ def _is_slice(tensor: torch.Tensor, channels_last: bool) -> bool:
 
 
 _op = define("pyramid_pool(Tensor x, int[] bins) -> Tensor", _forward, _forward_fake)
+_concat_op = define(
+    "pyramid_pool_concat(Tensor x, int[] bins, SymInt channels, SymInt first_channel) -> (Tensor, Tensor)",
+    _concat,
+    _concat_fake,
+)
 _backward_op = define(
     "pyramid_pool_backward(Tensor grad, Tensor? grad_input, SymInt[] size, int[] bins, bool channels_last) -> Tensor",
     _backward,
@@ -127,3 +172,25 @@ class _PoolAndPass(torch.autograd.Function):
         if grad is None:
             return grad_input, None
         return _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last), None
+
+
+class _PoolAndReserve(torch.autograd.Function):
+    """x -> (pyramid, x among reserved channels), whose gradients meet in one kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bins: tuple[int, ...], channels: int, first_channel: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _setup_context(ctx, (x, bins), None)
+        ctx.set_materialize_grads(False)
+        ctx.first_channel, ctx.channels = first_channel, x.shape[1]
+        pair: tuple[torch.Tensor, torch.Tensor] = _concat_op(x, bins, channels, first_channel)
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
+        grad, grad_out = grads
+        grad_input = None if grad_out is None else grad_out.narrow(1, ctx.first_channel, ctx.channels)
+        if grad is None:
+            return grad_input, None, None, None
+        return _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last), None, None, None

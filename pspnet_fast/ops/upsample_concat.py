@@ -11,7 +11,7 @@ view. Saved for backward: nothing but sizes.    Must move: |x| read, |out| writt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,6 +34,8 @@ def upsample_concat(
     bins: Sequence[int] = (1, 2, 3, 6),
     align_corners: bool = True,
     order: Sequence[int] | None = None,
+    *,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """Upsample every level to the size of x and concatenate with x (Zhao et al., CVPR 2017, section 3.2).
 
@@ -47,13 +49,16 @@ def upsample_concat(
         align_corners: as in `torch.nn.functional.interpolate`.
         order: the channel blocks of the result: -1 is x, k is level k. Default (-1, 0, 1, ...). x may stand anywhere or be
             left out; every level stands once.
+        in_place: x is the result already, (N, C + B*R, H, W), as `pyramid_pool(..., reserve=...)` made it: the levels
+            are written into the channels reserved for them, and x is returned.
 
     Returns:
         (N, C + B*R, H, W), or (N, B*R, H, W) where `order` leaves x out.
 
     Raises:
-        ValueError: a rank, size or batch that does not fit, an order that is none, or tensors on two devices.
-        TypeError: not floating point, or two dtypes (under autocast the wider one is taken).
+        ValueError: a rank, size or batch that does not fit, an order that is none, tensors on two devices, or with
+            `in_place` an x that is not dense or has too few channels.
+        TypeError: not floating point, or two dtypes (under autocast the wider one is taken, unless `in_place`).
     """
     op = "upsample_concat"
     bins = check_bins(op, bins)
@@ -63,12 +68,43 @@ def upsample_concat(
     if pyramid.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x and pyramid must have one batch size, got {x.shape[0]} and {pyramid.shape[0]}")
     check_same_device(op, "x", x, "pyramid", pyramid)
+    if in_place:
+        return _fill_in_place(x, pyramid, bins, blocks, align_corners)
     if autocast_dtype(x):
         dtype = torch.promote_types(x.dtype, pyramid.dtype)
         x, pyramid = x.to(dtype), pyramid.to(dtype)
     check_same_dtype(op, "x", x, "pyramid", pyramid)
     out: torch.Tensor = _op(x, pyramid, bins, blocks, align_corners)
     return out
+
+
+def _fill_in_place(
+    x: torch.Tensor, pyramid: torch.Tensor, bins: tuple[int, ...], order: tuple[int, ...], align_corners: bool
+) -> torch.Tensor:
+    op, reduced = "upsample_concat", len(bins) * pyramid.shape[2]
+    rest = x.shape[1] - reduced
+    if rest < 1 if -1 in order else rest != 0:
+        raise ValueError(f"{op}: in_place, x must have channels of its own and B*R = {reduced} more, got {x.shape[1]}")
+    if dense(x) is not x:
+        raise ValueError(f"{op}: in_place, x must be dense in NCHW or channels_last order, got strides {x.stride()}")
+    check_same_dtype(op, "x", x, "pyramid", pyramid)
+    if torch.is_grad_enabled() and (x.requires_grad or pyramid.requires_grad):
+        out: torch.Tensor = cast(Any, _Fill).apply(x, pyramid, bins, order, align_corners)
+        return out
+    _fill_op(x, pyramid, bins, order, align_corners)
+    return x
+
+
+def _fill(
+    out: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> None:
+    run("upsample_concat", "fill", out, pyramid.contiguous(), bins, order, align_corners)
+
+
+def _fill_fake(
+    out: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> None:
+    return None
 
 
 def _forward(
@@ -110,6 +146,11 @@ _op = define(
     _forward,
     _forward_fake,
 )
+_fill_op = define(
+    "upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()",
+    _fill,
+    _fill_fake,
+)
 _backward_op = define(
     "upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor",
     _backward,
@@ -130,3 +171,31 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("pspnet_fast::upsample_concat", _gradient, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _Fill(torch.autograd.Function):
+    """Writes the levels into a tensor that has x already: the gradient of both is read from that of the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: torch.Tensor,
+        pyramid: torch.Tensor,
+        bins: tuple[int, ...],
+        order: tuple[int, ...],
+        align_corners: bool,
+    ) -> torch.Tensor:
+        ctx.bins, ctx.order, ctx.align_corners = bins, order, align_corners
+        ctx.channels = out.shape[1] - len(bins) * pyramid.shape[2]
+        ctx.mark_dirty(out)
+        _fill_op(out, pyramid, bins, order, align_corners)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        d_pyramid = None
+        if ctx.needs_input_grad[1]:
+            d_pyramid = _backward_op(grad, ctx.channels, ctx.bins, ctx.order, ctx.align_corners)
+        # The reserved channels' part is read by nobody: pyramid_pool takes its own channels out.
+        return grad if ctx.needs_input_grad[0] else None, d_pyramid, None, None, None

@@ -7,13 +7,23 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..geometry import accumulation_dtype, bin_end, bin_start, level_starts, memory_format
+from ..geometry import accumulation_dtype, bin_end, bin_start, is_channels_last, level_starts, memory_format
 
 
 def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     pooled = [F.adaptive_avg_pool2d(wide, b).flatten(2) for b in bins]
     return torch.cat(pooled, 2).transpose(1, 2).to(x.dtype).clone(memory_format=torch.contiguous_format)
+
+
+def pyramid_pool_concat(
+    x: torch.Tensor, bins: Sequence[int], channels: int, first_channel: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, c, height, width = x.shape
+    format_of_x = memory_format(is_channels_last(x))
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=format_of_x)
+    out.narrow(1, first_channel, c).copy_(x)
+    return pyramid_pool_forward(x, bins), out
 
 
 def pyramid_pool_backward(

@@ -13,14 +13,26 @@ from ..geometry import accumulation_dtype, channel_blocks, is_channels_last, lev
 def upsample_concat_forward(
     x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
 ) -> torch.Tensor:
+    (n, c, height, width), reduced = x.shape, pyramid.shape[2]
+    channels = len(bins) * reduced + (c if -1 in order else 0)
+    format_of_x = memory_format(is_channels_last(x))
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=format_of_x)
+    if -1 in order:
+        out.narrow(1, channel_blocks(order, c, reduced)[-1], c).copy_(x)
+    upsample_concat_fill(out, pyramid, bins, order, align_corners)
+    return out
+
+
+def upsample_concat_fill(
+    out: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> None:
     n, reduced = pyramid.shape[0], pyramid.shape[2]
+    starts = channel_blocks(order, out.shape[1] - len(bins) * reduced, reduced)
     wide = pyramid.to(accumulation_dtype(pyramid.dtype))
-    maps = {-1: x}
     for k, (b, level) in enumerate(zip(bins, levels(wide, bins), strict=True)):
         grid = level.transpose(1, 2).reshape(n, reduced, b, b)
-        maps[k] = F.interpolate(grid, x.shape[2:], mode="bilinear", align_corners=align_corners).to(x.dtype)
-    out = torch.cat([maps[block] for block in order], 1)
-    return out.contiguous(memory_format=memory_format(is_channels_last(x)))
+        level_map = F.interpolate(grid, out.shape[2:], mode="bilinear", align_corners=align_corners)
+        out.narrow(1, starts[k], reduced).copy_(level_map)
 
 
 def upsample_concat_backward(
