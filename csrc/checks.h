@@ -39,13 +39,17 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor) 
         op, name, " must be float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
 }
 
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
+  check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), op, name,
+        " must be on the device of the rest");
+}
+
 // Same dtype and device as the op's first tensor.
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
   check(tensor.scalar_type() == first.scalar_type(), op, name, " must be ",
         torch::headeronly::toString(first.scalar_type()), " as the rest, got ",
         torch::headeronly::toString(tensor.scalar_type()));
-  check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), op, name,
-        " must be on the device of the rest");
+  check_same_device(op, name, tensor, first);
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& size) {

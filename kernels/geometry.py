@@ -133,6 +133,15 @@ def level_bins(level, BINS: tl.constexpr):
 
 
 @device_function
+def select(values, level):
+    """The level's value, or pointer, from a tuple with one for each level."""
+    value = values[0]
+    for k in tl.static_range(1, len(values)):
+        value = tl.where(level == k, values[k], value)
+    return value
+
+
+@device_function
 def level_of_tile(tile, N, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tiles of BLOCK_M rows are counted level by level: the level of one, and which of the level's it is."""
     level = 0

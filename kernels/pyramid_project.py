@@ -32,6 +32,7 @@ from .geometry import (
     level_of_tile,
     level_rows,
     round_to,
+    select,
     tiles,
 )
 
@@ -64,14 +65,6 @@ WEIGHT_GRADIENT_TILES = {2: (Tile(inf, 32, 64, 64, 4, 3),), 4: (Tile(inf, 32, 64
 SUM_TILE, SUM_WARPS = {"BLOCK_M": 4, "BLOCK_R": 128}, 4
 # Channels are split until there are this many programs: about two for each multiprocessor of the largest GPUs.
 PROGRAMS, MOST_SPLITS = 256, 8
-
-
-@device_function
-def select(ptrs, level):
-    ptr = ptrs[0]
-    for k in tl.static_range(1, len(ptrs)):
-        ptr = tl.where(level == k, ptrs[k], ptr)
-    return ptr
 
 
 @device_function

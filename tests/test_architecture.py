@@ -117,6 +117,10 @@ pyramid_norm(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, i
 pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, int[] bins, bool relu) -> (Tensor, Tensor)
 pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor weight, Tensor? mean_grad, \
 Tensor? mean_grad_normal, int[] bins, bool relu) -> Tensor
+pyramid_norm_training(Tensor y, Tensor[] weight, Tensor[] bias, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, \
+int[] bins, float[] momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)
+pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor[] weight, \
+int[] bins, bool relu) -> (Tensor, Tensor, Tensor)
 upsample_concat(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor
 upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()
 upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor

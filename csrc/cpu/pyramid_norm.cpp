@@ -3,6 +3,7 @@
 #include "cpu/pyramid_norm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "cpu/pyramid_norm_kernels.h"
 #include "geometry.h"
 #include "library.h"
+#include "pyramid_norm_arguments.h"
 
 namespace pspnet_fast {
 namespace {
@@ -21,46 +23,19 @@ constexpr int64_t kGrain = 32768;  // elements worth a thread
 using Bins = std::vector<int64_t>;
 using Kernel = void (*)(const PyramidNorm& a, int64_t begin, int64_t end);
 
-ScalarType accumulator_dtype(const Tensor& y) {
-  return y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The arguments that all four share, checked; `bins` must outlive them.
+// The arguments that all share, checked; `bins` must outlive them.
 PyramidNorm arguments(const char* op, const Tensor& y, const Bins& bins, bool relu) {
-  check(y.dim() == 3, op, "y must be 3-D (N, S, R), got ", y.dim(), " dimensions");
-  check_dtype(op, "y", y);
-  check_contiguous(op, "y", y);
-  check_bins(op, bins);
+  check_cells(op, y, bins);
   PyramidNorm a{};
   a.dtype = dtype_of(y);
   a.images = y.size(0);
   a.channels = y.size(2);
   a.bins = bins.data();
   a.level_count = static_cast<int64_t>(bins.size());
-  a.cells = level_start(bins.data(), a.level_count);
+  a.cells = y.size(1);
   a.relu = relu;
   a.y = y.const_data_ptr();
-  check_size(op, "y", y, {a.images, a.cells, a.channels});
   return a;
-}
-
-const void* like_y(const char* op, const char* name, const Tensor& tensor, const Tensor& y) {
-  check_like(op, name, tensor, y);
-  check_size(op, name, tensor, {y.size(0), y.size(1), y.size(2)});
-  check_contiguous(op, name, tensor);
-  return tensor.const_data_ptr();
-}
-
-const void* per_channel(const char* op, const char* name, const Tensor& tensor, const Tensor& y, const Bins& bins) {
-  check(tensor.scalar_type() == accumulator_dtype(y), op, name, " must be ",
-        torch::headeronly::toString(accumulator_dtype(y)), ", got ", torch::headeronly::toString(tensor.scalar_type()));
-  check_size(op, name, tensor, {static_cast<int64_t>(bins.size()), y.size(2)});
-  check_contiguous(op, name, tensor);
-  return tensor.const_data_ptr();
-}
-
-Tensor new_per_channel(const PyramidNorm& a, const Tensor& y) {
-  return torch::stable::empty({a.level_count, a.channels}, accumulator_dtype(y), std::nullopt, y.device());
 }
 
 void reduce(Kernel kernel, const PyramidNorm& a) {
@@ -76,7 +51,7 @@ void map(Kernel kernel, const PyramidNorm& a) {
 
 std::tuple<Tensor, Tensor> pyramid_norm_statistics_cpu(const Tensor& y, const Bins& bins) {
   PyramidNorm a = arguments("pyramid_norm_statistics", y, bins, false);
-  Tensor mean = new_per_channel(a, y), variance = new_per_channel(a, y);
+  Tensor mean = new_per_channel(y, bins), variance = new_per_channel(y, bins);
   a.result = mean.mutable_data_ptr();
   a.second_result = variance.mutable_data_ptr();
   reduce(PSPNET_FAST_KERNEL(pyramid_norm_statistics), a);
@@ -106,7 +81,7 @@ std::tuple<Tensor, Tensor> pyramid_norm_sums_cpu(const Tensor& grad, const Tenso
   a.out = like_y(op, "out", out, y);
   a.mean = per_channel(op, "mean", mean, y, bins);
   a.invstd = per_channel(op, "invstd", invstd, y, bins);
-  Tensor sum_grad = new_per_channel(a, y), sum_grad_normal = new_per_channel(a, y);
+  Tensor sum_grad = new_per_channel(y, bins), sum_grad_normal = new_per_channel(y, bins);
   a.result = sum_grad.mutable_data_ptr();
   a.second_result = sum_grad_normal.mutable_data_ptr();
   reduce(PSPNET_FAST_KERNEL(pyramid_norm_sums), a);
@@ -134,6 +109,89 @@ Tensor pyramid_norm_backward_cpu(const Tensor& grad, const Tensor& y, const Tens
   return dy;
 }
 
+// The levels' tensors (R,) as rows of one (B, R), or all of it `otherwise`.
+template <class A>
+Tensor stacked(const std::vector<Tensor>& tensors, const Tensor& like, A otherwise) {
+  Tensor rows = torch::stable::empty_like(like);
+  A* const to = static_cast<A*>(rows.mutable_data_ptr());
+  const int64_t channels = rows.size(1);
+  std::fill_n(to, rows.numel(), otherwise);
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    std::copy_n(static_cast<const A*>(tensors[k].const_data_ptr()), channels, to + static_cast<int64_t>(k) * channels);
+  }
+  return rows;
+}
+
+template <class A>
+void update_running(A* running, const A* value, int64_t channels, double factor, double momentum) {
+  for (int64_t r = 0; r < channels; ++r) {
+    running[r] = static_cast<A>((1 - momentum) * running[r] + momentum * (factor * value[r]));
+  }
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> train(const Tensor& y, const Bins& bins,
+                                         const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,
+                                         const std::vector<Tensor>& running_mean,
+                                         const std::vector<Tensor>& running_var, const std::vector<double>& momentum,
+                                         double eps, bool relu) {
+  const auto [mean, variance] = pyramid_norm_statistics_cpu(y, bins);
+  const int64_t channels = y.size(2);
+  const A* const means = static_cast<const A*>(mean.const_data_ptr());
+  A* const invstd = static_cast<A*>(variance.mutable_data_ptr());
+  for (size_t k = 0; k < running_mean.size(); ++k) {
+    const int64_t count = y.size(0) * bins[k] * bins[k], row = static_cast<int64_t>(k) * channels;
+    update_running(static_cast<A*>(running_mean[k].mutable_data_ptr()), means + row, channels, 1.0, momentum[k]);
+    update_running(static_cast<A*>(running_var[k].mutable_data_ptr()), invstd + row, channels,
+                   static_cast<double>(count) / static_cast<double>(count - 1), momentum[k]);
+  }
+  for (int64_t i = 0; i < variance.numel(); ++i) {
+    invstd[i] = static_cast<A>(1 / std::sqrt(invstd[i] + eps));
+  }
+  const Tensor scale = stacked<A>(weight, mean, 1), shift = stacked<A>(bias, mean, 0);
+  return {pyramid_norm_forward_cpu(y, bins, mean, variance, scale, shift, relu), mean, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pyramid_norm_training_cpu(
+    const Tensor& y, const Bins& bins, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,
+    const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
+    const std::vector<double>& momentum, double eps, bool relu) {
+  constexpr const char* op = "pyramid_norm_training";
+  check_training(op, y, bins, weight, bias, running_mean, running_var, momentum);
+  const auto run = accumulator_dtype(y) == ScalarType::Double ? &train<double> : &train<float>;
+  return run(y, bins, weight, bias, running_mean, running_var, momentum, eps, relu);
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> train_backward(const Tensor& grad, const Tensor& y, const Tensor& out,
+                                                  const Bins& bins, const Tensor& mean, const Tensor& invstd,
+                                                  const std::vector<Tensor>& weight, bool relu) {
+  const auto [d_bias, d_weight] = pyramid_norm_sums_cpu(grad, y, out, bins, mean, invstd, relu);
+  const int64_t channels = y.size(2);
+  const Tensor means[] = {torch::stable::empty_like(mean), torch::stable::empty_like(mean)};
+  for (int i = 0; i < 2; ++i) {
+    const A* const sums = static_cast<const A*>((i == 0 ? d_bias : d_weight).const_data_ptr());
+    for (int64_t j = 0; j < mean.numel(); ++j) {
+      const int64_t b = bins[static_cast<size_t>(j / channels)];
+      static_cast<A*>(means[i].mutable_data_ptr())[j] = sums[j] / static_cast<A>(y.size(0) * b * b);
+    }
+  }
+  const Tensor scale = stacked<A>(weight, mean, 1);
+  return {pyramid_norm_backward_cpu(grad, y, out, bins, mean, invstd, scale, relu, means[0], means[1]), d_weight,
+          d_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pyramid_norm_training_backward_cpu(const Tensor& grad, const Tensor& y,
+                                                                      const Tensor& out, const Bins& bins,
+                                                                      const Tensor& mean, const Tensor& invstd,
+                                                                      const std::vector<Tensor>& weight, bool relu) {
+  constexpr const char* op = "pyramid_norm_training_backward";
+  check_cells(op, y, bins);
+  check_lists(op, "weight", weight, y, bins);
+  const auto run = accumulator_dtype(y) == ScalarType::Double ? &train_backward<double> : &train_backward<float>;
+  return run(grad, y, out, bins, mean, invstd, weight, relu);
+}
+
 }  // namespace
 }  // namespace pspnet_fast
 
@@ -142,4 +200,6 @@ PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("pyramid_norm_forward", TORCH_BOX(&pspnet_fast::pyramid_norm_forward_cpu));
   m.impl("pyramid_norm_sums", TORCH_BOX(&pspnet_fast::pyramid_norm_sums_cpu));
   m.impl("pyramid_norm_backward", TORCH_BOX(&pspnet_fast::pyramid_norm_backward_cpu));
+  m.impl("pyramid_norm_training", TORCH_BOX(&pspnet_fast::pyramid_norm_training_cpu));
+  m.impl("pyramid_norm_training_backward", TORCH_BOX(&pspnet_fast::pyramid_norm_training_backward_cpu));
 }

@@ -7,9 +7,12 @@
 mean and invstd = 1 / sqrt(var + eps) are those of the level's count = N*b*b values in training (var without Bessel's
 correction), the running ones at evaluation (Ioffe & Szegedy, ICML 2015, algorithms 1 and 2). With a process group the
 statistics of all levels are gathered in one collective forward and their two sums reduced in one backward.
-Saved for backward: y, out, the statistics.    Must move: N*S*R read twice and written.
+Saved for backward: y, out, the statistics.    Must move: N*S*R read and written; backward, three read and one written.
 
-Past 300 lines: it is four registered ops, each with a fake of its own, and the node that joins them in training.
+In training without a process group each direction is one op of its own: the statistics, their use and the running ones'
+update in one, both sums and the gradient in the other. With one the collective stands between two halves.
+
+Past 300 lines: it is six registered ops, each with a fake of its own, and the two nodes that join them in training.
 """
 
 from __future__ import annotations
@@ -86,6 +89,16 @@ def pyramid_norm(
     if len(momenta) != len(bins):
         raise ValueError(f"{op}: momentum must be one number or one for each of the {len(bins)} bins, got {momenta}")
 
+    if training and process_group is not None and dist.get_world_size(process_group) == 1:
+        process_group = None
+    if training and process_group is None:
+        if y.shape[0] * min(bins) ** 2 == 1:
+            raise ValueError(
+                f"{op}: training needs more than one value per channel, but a batch of 1 gives bin 1 just one: "
+                "use a batch of 2 or more, put the norms in evaluation mode, or leave the bin out"
+            )
+        return _train(y, bins, running_mean, running_var, weight, bias, momenta, eps, relu)
+
     dtype = accumulation_dtype(y.dtype)
     shape = (len(bins), *reduced)
     scale = y.new_ones(shape, dtype=dtype) if weight is None else torch.stack(list(weight)).to(dtype)
@@ -97,33 +110,49 @@ def pyramid_norm(
         normalised: torch.Tensor = _op(y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu)
         return normalised
 
-    if process_group is not None and dist.get_world_size(process_group) == 1:
-        process_group = None
-    if process_group is None and y.shape[0] * min(bins) ** 2 == 1:
-        raise ValueError(
-            f"{op}: training needs more than one value per channel, but a batch of 1 gives bin 1 just one: "
-            "use a batch of 2 or more, put the norms in evaluation mode, or leave the bin out"
-        )
-    mean, var, batch = _statistics(y, bins, process_group)
-    trained: torch.Tensor = cast(Any, _TrainingNorm).apply(
-        y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu, batch, process_group
+    group = cast(dist.ProcessGroup, process_group)
+    mean, var, batch = _joint_statistics(y, bins, group)
+    trained: torch.Tensor = cast(Any, _SynchronisedNorm).apply(
+        y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu, batch, group
     )
-    if running_mean is not None and running_var is not None and not (process_group is None and y.shape[0] == 0):
+    if running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, mean, var, [batch * b * b for b in bins], momenta)
     return trained
 
 
+def _train(
+    y: torch.Tensor,
+    bins: tuple[int, ...],
+    running_mean: Sequence[torch.Tensor] | None,
+    running_var: Sequence[torch.Tensor] | None,
+    weight: Sequence[torch.Tensor] | None,
+    bias: Sequence[torch.Tensor] | None,
+    momentum: list[float],
+    eps: float,
+    relu: bool,
+) -> torch.Tensor:
+    if running_mean is None or running_var is None:
+        running_mean = running_var = None
+    means, variances, weights, biases = (
+        [] if tensors is None else list(tensors) for tensors in (running_mean, running_var, weight, bias)
+    )
+    with torch.no_grad():
+        out, mean, invstd = _training_op(y, weights, biases, means, variances, bins, momentum, eps, relu)
+    trained: torch.Tensor = cast(Any, _TrainingNorm).apply(
+        y, out, mean, invstd, bins, relu, len(weights), *weights, *biases
+    )
+    return trained
+
+
 @torch.no_grad()
-def _statistics(
-    y: torch.Tensor, bins: Sequence[int], process_group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+def _joint_statistics(
+    y: torch.Tensor, bins: Sequence[int], process_group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean and variance (B, R) of each level, and the batch size they were taken over, all processes together."""
     if y.shape[0] == 0:
         mean, var = y.new_zeros(2, len(bins), y.shape[2], dtype=accumulation_dtype(y.dtype))
     else:
         mean, var = _statistics_op(y, bins)
-    if process_group is None:
-        return mean, var, y.shape[0]
     mine = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([y.shape[0]])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(gathered, mine, process_group)
@@ -143,7 +172,7 @@ def _update_running(
     running_var: Sequence[torch.Tensor],
     mean: torch.Tensor,
     var: torch.Tensor,
-    counts: Sequence[int | torch.Tensor],
+    counts: Sequence[torch.Tensor],
     momenta: Sequence[float],
 ) -> None:
     for k, (count, momentum) in enumerate(zip(counts, momenta, strict=True)):
@@ -250,6 +279,81 @@ def _backward_fake(
     return y.new_empty(y.shape)
 
 
+def _as(dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to(dtype).contiguous() for tensor in tensors]
+
+
+def _training(
+    y: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor],
+    running_mean: Sequence[torch.Tensor],
+    running_var: Sequence[torch.Tensor],
+    bins: Sequence[int],
+    momentum: Sequence[float],
+    eps: float,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = accumulation_dtype(y.dtype)
+    if y.shape[0] == 0:
+        mean, invstd = y.new_zeros(2, len(bins), y.shape[2], dtype=wide)
+        return y.new_empty(y.shape), mean, invstd.clone()
+    running = [_as(wide, running_mean), _as(wide, running_var)]
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = run(
+        "pyramid_norm", "training", y.contiguous(), bins, _as(wide, weight), _as(wide, bias), *running, momentum, eps, relu
+    )
+    for kept, updated in zip([*running_mean, *running_var], [*running[0], *running[1]], strict=True):
+        if updated is not kept:  # of another dtype, or strided
+            kept.copy_(updated)
+    return results
+
+
+def _training_fake(
+    y: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor],
+    running_mean: Sequence[torch.Tensor],
+    running_var: Sequence[torch.Tensor],
+    bins: Sequence[int],
+    momentum: Sequence[float],
+    eps: float,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), *_statistics_fake(y, bins)
+
+
+def _training_backward(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bins: Sequence[int],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if y.shape[0] == 0:
+        return y.new_empty(y.shape), torch.zeros_like(mean), torch.zeros_like(mean)
+    grad, y, out, mean, invstd = (t.contiguous() for t in (grad, y, out, mean, invstd))
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = run(
+        "pyramid_norm", "training_backward", grad, y, out, bins, mean, invstd, _as(mean.dtype, weight), relu
+    )
+    return gradients
+
+
+def _training_backward_fake(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bins: Sequence[int],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+
+
 _statistics_op = define(
     "pyramid_norm_statistics(Tensor y, int[] bins) -> (Tensor, Tensor)", _statistics_run, _statistics_fake
 )
@@ -272,6 +376,20 @@ _backward_op = define(
 )
 
 
+_training_op = define(
+    "pyramid_norm_training(Tensor y, Tensor[] weight, Tensor[] bias, Tensor(a!)[] running_mean,"
+    " Tensor(b!)[] running_var, int[] bins, float[] momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    _training,
+    _training_fake,
+)
+_training_backward_op = define(
+    "pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor[] weight,"
+    " int[] bins, bool relu) -> (Tensor, Tensor, Tensor)",
+    _training_backward,
+    _training_backward_fake,
+)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     y, mean, invstd, weight, _, ctx.bins, ctx.relu = inputs
     ctx.save_for_backward(y, output, mean, invstd, weight)
@@ -289,7 +407,38 @@ torch.library.register_autograd("pspnet_fast::pyramid_norm", _gradient, setup_co
 
 
 class _TrainingNorm(torch.autograd.Function):
-    """With the statistics of y itself: their part of y's gradient is in the backward's two means."""
+    """The node behind `out`, which is computed already: the running statistics are not its business."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        bins: tuple[int, ...],
+        relu: bool,
+        weights: int,
+        *affine: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.bins, ctx.relu, ctx.weights = bins, relu, weights
+        ctx.dtypes = [tensor.dtype for tensor in affine]
+        ctx.save_for_backward(y, out, mean, invstd, *affine[:weights])
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        y, out, mean, invstd, *weight = ctx.saved_tensors
+        dy, d_weight, d_bias = _training_backward_op(grad, y, out, mean, invstd, weight, ctx.bins, ctx.relu)
+        d_weights = d_weight.unbind(0) if ctx.weights else ()
+        d_biases = d_bias.unbind(0) if len(ctx.dtypes) > ctx.weights else ()
+        affine = (d.to(dtype) for d, dtype in zip((*d_weights, *d_biases), ctx.dtypes, strict=True))
+        return dy, None, None, None, None, None, None, *affine
+
+
+class _SynchronisedNorm(torch.autograd.Function):
+    """With the statistics of all processes' y: their part of y's gradient is in the backward's two means."""
 
     @staticmethod
     def forward(
@@ -301,8 +450,8 @@ class _TrainingNorm(torch.autograd.Function):
         bias: torch.Tensor,
         bins: tuple[int, ...],
         relu: bool,
-        batch: int | torch.Tensor,
-        process_group: dist.ProcessGroup | None,
+        batch: torch.Tensor,
+        process_group: dist.ProcessGroup,
     ) -> torch.Tensor:
         out: torch.Tensor = _op(y, mean, invstd, weight, bias, bins, relu)
         _setup_context(ctx, (y, mean, invstd, weight, bias, bins, relu), out)
@@ -315,8 +464,7 @@ class _TrainingNorm(torch.autograd.Function):
         y, out, mean, invstd, weight = ctx.saved_tensors
         d_bias, d_weight = _sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
         sums = torch.stack([d_bias, d_weight])
-        if ctx.process_group is not None:
-            dist.all_reduce(sums, group=ctx.process_group)
+        dist.all_reduce(sums, group=ctx.process_group)
         counts = [ctx.batch * b * b for b in ctx.bins]
         mean_grad, mean_grad_normal = torch.stack([sums[:, k] / count for k, count in enumerate(counts)], 1)
         dy = _backward_op(grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu)

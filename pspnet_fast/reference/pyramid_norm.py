@@ -80,3 +80,45 @@ def pyramid_norm_backward(
             g = g - mean_grad[k] - (level - mean[k]) * (invstd[k] * mean_grad_normal[k])
         dy.append(g * (invstd[k] * weight[k]))
     return torch.cat(dy, 1).to(y.dtype)
+
+
+def _stacked(tensors: Sequence[torch.Tensor], like: torch.Tensor, otherwise: float) -> torch.Tensor:
+    return torch.stack([*tensors]).to(like.dtype) if tensors else torch.full_like(like, otherwise)
+
+
+def pyramid_norm_training(
+    y: torch.Tensor,
+    bins: Sequence[int],
+    weight: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor],
+    running_mean: Sequence[torch.Tensor],
+    running_var: Sequence[torch.Tensor],
+    momentum: Sequence[float],
+    eps: float,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, var = pyramid_norm_statistics(y, bins)
+    for k, (old_mean, old_var) in enumerate(zip(running_mean, running_var, strict=True)):
+        count = y.shape[0] * bins[k] ** 2
+        old_mean.mul_(1 - momentum[k]).add_(mean[k], alpha=momentum[k])
+        old_var.mul_(1 - momentum[k]).add_(var[k] * (count / (count - 1)), alpha=momentum[k])
+    invstd = torch.rsqrt(var + eps)
+    out = pyramid_norm_forward(y, bins, mean, invstd, _stacked(weight, mean, 1), _stacked(bias, mean, 0), relu)
+    return out, mean, invstd
+
+
+def pyramid_norm_training_backward(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    out: torch.Tensor,
+    bins: Sequence[int],
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_bias, d_weight = pyramid_norm_sums(grad, y, out, bins, mean, invstd, relu)
+    count = torch.tensor([y.shape[0] * b * b for b in bins], dtype=mean.dtype, device=y.device)[:, None]
+    scale = _stacked(weight, mean, 1)
+    dy = pyramid_norm_backward(grad, y, out, bins, mean, invstd, scale, relu, d_bias / count, d_weight / count)
+    return dy, d_weight, d_bias

@@ -8,7 +8,15 @@ from pspnet_fast.geometry import levels
 
 OP = "pyramid_norm"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = [(2, 19, (1, 3)), (3, 1, (2, 4)), (4, 32, (1, 2, 3, 6)), (5, 70, (3,))]  # N, R, bins
+CASES = [  # N, R, bins
+    (2, 19, (1, 3)),
+    (3, 1, (2, 4)),
+    (4, 32, (1, 2, 3, 6)),
+    (5, 70, (3,)),
+    (40, 5, (2, 1, 2)),  # more rows than a CUDA thread keeps in registers, element by element
+    (131, 16, (3,)),  # and in vectors
+    (2, 3, (1, 2) * 9),  # more levels than a CUDA launch takes
+]
 
 
 def cells(n, reduced, bins, dtype=torch.float32):
@@ -68,6 +76,56 @@ def test_running_statistics(backend, momentum):
         for _ in range(2):
             F.batch_norm(level.transpose(1, 2), theirs[0][k], theirs[1][k], training=True, momentum=share)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_running_statistics_of_another_dtype(backend):
+    """Of a network in bfloat16, and strided: updated in place all the same, and rounded once."""
+    bins, y = (1, 2), cells(4, 24, (1, 2)).to(testing.device(backend))
+    base = torch.rand(2, 2, 24, 2, device=y.device).bfloat16()
+    running, beside = [list(statistic[..., 0]) for statistic in base], base[..., 1].clone()
+    exact = [[t.float().clone() for t in tensors] for tensors in running]
+    with testing.use_backend(backend):
+        pyramid_norm(y, bins, *running, training=True, momentum=0.25)
+        pyramid_norm(y, bins, *exact, training=True, momentum=0.25)
+    assert torch.equal(base[..., 0], torch.stack([torch.stack(tensors) for tensors in exact]).bfloat16())
+    assert torch.equal(base[..., 1], beside)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "both"])
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_without_weight_or_bias(backend, missing):
+    bins, y = (1, 2), cells(4, 24, (1, 2)).to(testing.device(backend)).requires_grad_()
+    ones, zeros = torch.ones(2, 24, device=y.device), torch.zeros(2, 24, device=y.device)
+    weight, bias = (t.to(y.device) for t in affine(24, bins))
+    given = {"weight": {"bias": bias}, "bias": {"weight": weight}, "both": {}}[missing]
+    with testing.use_backend(backend):
+        ours = pyramid_norm(y, bins, training=True, **given)
+        theirs = pyramid_norm(y, bins, training=True, **{"weight": ones, "bias": zeros, **given})
+        assert torch.equal(ours, theirs)
+        cotangent = torch.randn_like(ours)
+        assert torch.equal(*(torch.autograd.grad(out, y, cotangent)[0] for out in (ours, theirs)))
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_training_in_one_op_equals_its_parts(backend):
+    """What a process group's collective would stand between: statistics, norm, sums and gradient one by one."""
+    bins, y = (1, 2, 3), cells(4, 24, (1, 2, 3)).to(testing.device(backend))
+    weight, bias = (t.to(y.device) for t in affine(24, bins))
+    grad = torch.randn_like(y)
+    ops = torch.ops.pspnet_fast
+    with testing.use_backend(backend):
+        out, mean, invstd = ops.pyramid_norm_training(y, [*weight], [*bias], [], [], bins, [], 1e-5, True)
+        plain_mean, var = ops.pyramid_norm_statistics(y, bins)
+        dy, d_weight, d_bias = ops.pyramid_norm_training_backward(grad, y, out, mean, invstd, [*weight], bins, True)
+        sums = ops.pyramid_norm_sums(grad, y, out, mean, invstd, bins, True)
+        counts = torch.tensor([[4.0], [16.0], [36.0]], device=y.device)
+        means = [total / counts for total in sums]
+        torch.testing.assert_close(out, ops.pyramid_norm(y, mean, invstd, weight, bias, bins, True))
+        plain_dy = ops.pyramid_norm_backward(grad, y, out, mean, invstd, weight, *means, bins, True)
+    torch.testing.assert_close((mean, invstd), (plain_mean, torch.rsqrt(var + 1e-5)))
+    torch.testing.assert_close((d_bias, d_weight), sums)
+    torch.testing.assert_close(dy, plain_dy)
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
@@ -184,6 +242,10 @@ def test_opcheck():
     backward = ops.pyramid_norm_backward.default
     torch.library.opcheck(backward, (grad, y, out, mean, invstd, weight, None, None, bins, True))
     torch.library.opcheck(backward, (grad, y, out, mean, invstd, weight, mean, invstd, bins, False))
+    lists = [[*weight], [*bias], [*torch.randn(2, 3)], [*torch.rand(2, 3)]]
+    torch.library.opcheck(ops.pyramid_norm_training.default, (y, *lists, bins, [0.1, 0.2], 1e-5, True))
+    backward = ops.pyramid_norm_training_backward.default
+    torch.library.opcheck(backward, (grad, y, out, mean, invstd, [*weight], bins, True))
 
 
 @pytest.mark.parametrize(
