@@ -13,7 +13,6 @@ import importlib
 import logging
 import os
 import pkgutil
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -22,11 +21,9 @@ from typing import Any
 import torch
 
 from . import reference
+from .preference import preferred
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-
-# Tried in this order for tensors on a device of this type.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _PACKAGE = __name__.rpartition(".")[0]
 _LOG = logging.getLogger(__name__)
@@ -115,25 +112,34 @@ def find(op: str, direction: str, backend: str) -> Callable[..., Any] | Refusal:
     return function
 
 
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures, such as "8.0;9.0+PTX", runs on a GPU of this compute capability.
+
+    Machine code runs on its own capability and on later minor ones (with an "a", on its own alone), PTX on all later.
+    """
+    for name in architectures.replace(";", " ").split():
+        number, _, ptx = name.partition("+")
+        major, minor = map(int, number.removesuffix("a").split("."))
+        if (major, minor) == capability:
+            return True
+        if (major, minor) < capability and (ptx or (major == capability[0] and not number.endswith("a"))):
+            return True
+    return False
+
+
 @functools.cache
 def _without_code_for(device: torch.device) -> str | None:
-    """Why the extension's CUDA kernels cannot run on this GPU, or None.
-
-    Machine code runs on the compute capability it was built for and on later minor ones; PTX on everything later.
-    """
+    """Why the extension's CUDA kernels cannot run on this GPU, or None."""
     capability = torch.cuda.get_device_capability(device)
     built = torch.ops.pspnet_fast_native.cuda_architectures()
-    for name in built.replace(" ", ";").split(";"):
-        major, minor = map(int, re.fullmatch(r"(\d+)\.(\d+)a?(?:\+PTX)?", name).groups())  # type: ignore[union-attr]
-        exact = name.removesuffix("+PTX").endswith("a")
-        if (major, minor) == capability:
-            return None
-        if not exact and (major, minor) <= capability and (major == capability[0] or name.endswith("+PTX")):
-            return None
+    if capability >= (8, 0) and runs_on(built, capability):
+        return None
     here = "{}.{}".format(*capability)
+    if capability < (8, 0):
+        return f"the cuda kernels need compute capability 8.0 or later, and {device} has {here}"
     return (
         f"pspnet_fast._C was built for compute capability {built}, and {device} has {here}: "
-        f"build it again with TORCH_CUDA_ARCH_LIST={here}"
+        f'build it again, with TORCH_CUDA_ARCH_LIST="{here}" in the environment'
     )
 
 
@@ -176,13 +182,13 @@ def _say_once(sentence: str) -> None:
 _selected: str | None = None
 
 
-def _candidates(device_type: str) -> tuple[str, ...]:
-    return (_selected,) if _selected else PREFERENCE.get(device_type, ("reference",))
+def _candidates(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
+    return (_selected,) if _selected else preferred(op, tensor)
 
 
 def choose(op: str, direction: str, *args: Any) -> tuple[str, Callable[..., Any]]:
     """The backend that runs `op` in this direction for these arguments, and its function."""
-    for backend in _candidates(args[0].device.type):
+    for backend in _candidates(op, args[0]):
         found = _consider(op, direction, backend, args)
         if not isinstance(found, Refusal):
             return backend, found
@@ -252,7 +258,7 @@ def _lines(op: str, args: tuple[Any, ...]) -> Iterator[str]:
         taken = False
         for backend in BACKENDS:
             answer = _consider(op, direction, backend, args)
-            candidate = backend in _candidates(args[0].device.type)
+            candidate = backend in _candidates(op, args[0])
             if isinstance(answer, Refusal):
                 verdict = f"no: {answer}"
             elif candidate and not taken:

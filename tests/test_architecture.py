@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "checks": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
-    "backends": {"reference"},  # the others lazily, by name
+    "preference": {"geometry"},
+    "backends": {"preference", "reference"},  # the others lazily, by name
     "ops": {"ops", "backends", *LEAVES},
     "functional": {"ops"},
     "nn": {"nn", "functional", *LEAVES},

@@ -10,6 +10,7 @@ import torch
 import pspnet_fast
 from pspnet_fast import backends
 from pspnet_fast.functional import pyramid_pool
+from pspnet_fast.preference import PREFERENCE, Preference, preferred
 
 
 def run_python(code, **environment):
@@ -55,7 +56,62 @@ def test_unknown_names():
 
 def test_a_named_backend_that_cannot_run_raises_its_sentence():
     with pspnet_fast.use_backend("cuda"), pytest.raises((ImportError, NotImplementedError), match="^pyramid_pool: "):
-        pyramid_pool(torch.zeros(1, 1, 4, 4))
+        pyramid_pool(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+
+
+def test_the_first_row_of_the_table_that_fits_is_taken():
+    """Read by what the rows say, not by what happens to stand in them today."""
+    rows = [
+        Preference("cpu", ("reference",), "here", ops=("pyramid_pool",), channels_last=True, elements=100),
+        Preference("cpu", ("triton",), "here", dtypes=(torch.bfloat16,)),
+        Preference("cpu", ("cpu",), "here"),
+    ]
+
+    def first(op, size, dtype=torch.float32, memory_format=torch.contiguous_format):
+        x = torch.empty(size, dtype=dtype).contiguous(memory_format=memory_format)
+        return next(row.order[0] for row in rows if row.fits(op, x))
+
+    assert first("pyramid_pool", (1, 4, 5, 5), memory_format=torch.channels_last) == "reference"
+    assert first("pyramid_pool", (1, 4, 5, 4), memory_format=torch.channels_last) == "cpu"  # too small
+    assert first("pyramid_pool", (1, 4, 5, 5)) == "cpu"  # another memory format
+    assert first("upsample_concat", (1, 4, 5, 5), torch.bfloat16, torch.channels_last) == "triton"
+    assert not rows[0].fits("pyramid_pool", torch.empty(1, 4, 5, 5, device="meta"))
+
+
+def test_the_table_names_what_exists():
+    for row in PREFERENCE:
+        assert set(row.order) <= set(backends.BACKENDS)
+        assert set(row.ops) <= set(backends.ops())
+        assert row.order[-1] == "reference"
+        assert row.evidence
+    assert preferred("pyramid_pool", torch.empty(1, 1, 1, 1, device="meta")) == ("reference",)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0;9.0", (8, 0), True),
+        ("8.0 9.0", (8, 6), True),  # a later minor one
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),  # a later major one needs PTX
+        ("8.0+PTX", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("8.0;12.0+PTX", (10, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(architectures, capability, runs):
+    assert backends.runs_on(architectures, capability) == runs
+
+
+@pytest.mark.skipif(backends.load_extension() is not None, reason="the compiled extension is not built")
+def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
+    for capability, words in (((7, 5), "need compute capability 8.0"), ((99, 0), 'TORCH_CUDA_ARCH_LIST="99.0"')):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        sentence = backends._without_code_for.__wrapped__(torch.device("cuda:0"))
+        assert words in sentence
+        assert f"cuda:0 has {capability[0]}.{capability[1]}" in sentence
 
 
 @pytest.mark.skipif(not backends.interpreted(), reason="Triton runs on the GPU here")
@@ -67,7 +123,7 @@ def test_triton_refuses_float64_by_name_only():
 
 
 def test_explain_says_what_runs_and_why_not(capsys):
-    x = torch.zeros(1, 3, 4, 4)
+    x = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
     pspnet_fast.explain("pyramid_pool", x)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "pyramid_pool_forward"
@@ -75,7 +131,7 @@ def test_explain_says_what_runs_and_why_not(capsys):
     assert [line.split()[0] for line in lines[1:5]] == list(backends.BACKENDS)
     assert [line.split()[0] for line in lines[1:5] if line.split()[1] == "runs"] == [chosen]
     assert any("no: " in line for line in lines[1:5] if line.split()[0] == "cuda")
-    assert lines[5] == "pyramid_pool_backward"
+    assert lines[5] == "pyramid_pool_concat"
 
 
 def test_backend_from_the_environment():

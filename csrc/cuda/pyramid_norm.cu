@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -272,7 +273,7 @@ __device__ __forceinline__ void through_relu(const Norm& a, int64_t at, float (&
 // Tile:    256 threads, V channels of a row each
 // Traffic: 3*N*S*R read (2 without a ReLU) and, with APPLY, again, from cache, and N*S*R written. 2*B*R float32 written.
 template <class T, int V, bool APPLY>
-__global__ void __launch_bounds__(kThreads) pyramid_norm_sums_kernel(const __grid_constant__ Norm a) {
+__global__ void __launch_bounds__(kThreads, 2) pyramid_norm_sums_kernel(const __grid_constant__ Norm a) {
   const Rows<V> rows(a);
   float mean[V], invstd[V], sum[V], products[V];
   zero(mean);
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(kThreads) pyramid_norm_sums_kernel(const __gri
       products[v] = invstd[v] * __fdiv_rn(products[v], count);
       factor[v] = a.weights[k] == nullptr ? invstd[v] : invstd[v] * a.weights[k][rows.channel() + v];
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int row = rows.first(); row < rows.count(); row += Rows<V>::kStep) {
       const int64_t at = rows.offset(row);
       const Vector<T, V> y = load<V>(static_cast<const T*>(a.y) + at);

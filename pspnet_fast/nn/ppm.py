@@ -75,12 +75,18 @@ class PPM(nn.Module):
         check_features("PPM", x)
         if x.shape[1] != self.in_dim:
             raise ValueError(f"PPM: x must have in_dim = {self.in_dim} channels, got {tuple(x.shape)}")
+        reason = self._beyond_the_kernels()
+        if reason is None and _writes_in_place(x):
+            weight = cast(nn.Conv2d, cast(nn.Sequential, self.features[0])[1]).weight
+            # The pooling pass copies x to where the result will be: x is read once.
+            pyramid, out = pyramid_pool(x, self.bins, reserve=(0, len(self.bins) * weight.shape[0]))
+            return upsample_concat(out, self._by_kernels(pyramid), self.bins, self.align_corners, in_place=True)
         pyramid, x = pyramid_pool(x, self.bins, return_input=True)
-        if reason := self._beyond_the_kernels():
+        if reason is None:
+            reduced = self._by_kernels(pyramid)
+        else:
             _LOG.debug("PPM: convolution, norm and activation run on the submodules: %s", reason)
             reduced = self._by_submodules(pyramid)
-        else:
-            reduced = self._by_kernels(pyramid)
         return upsample_concat(x, reduced, self.bins, self.align_corners)
 
     def _beyond_the_kernels(self) -> str | None:
@@ -144,6 +150,19 @@ class PPM(nn.Module):
             return pyramid_project(pyramid, weights, self.bins, scale, -mean * scale)
         scale = scale * torch.stack(scales)
         return pyramid_project(pyramid, weights, self.bins, scale, torch.stack(shifts) - mean * scale)
+
+
+def _writes_in_place(x: torch.Tensor) -> bool:
+    """Whether the result may be begun by the pooling pass: it has x's dtype, and nothing traces a training step.
+
+    torch.compile before 2.13 takes no autograd node that writes in place, so a compiled training step reads x twice.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return False
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return True
+    return torch.promote_types(x.dtype, torch.get_autocast_dtype(device)) == x.dtype
 
 
 def _has_hooks(module: nn.Module) -> bool:

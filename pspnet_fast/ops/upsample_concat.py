@@ -58,7 +58,7 @@ def upsample_concat(
     Raises:
         ValueError: a rank, size or batch that does not fit, an order that is none, tensors on two devices, or with
             `in_place` an x that is not dense or has too few channels.
-        TypeError: not floating point, or two dtypes (under autocast the wider one is taken, unless `in_place`).
+        TypeError: not floating point, or two dtypes (under autocast the wider one is taken; `in_place` it must be x's).
     """
     op = "upsample_concat"
     bins = check_bins(op, bins)
@@ -87,6 +87,8 @@ def _fill_in_place(
         raise ValueError(f"{op}: in_place, x must have channels of its own and B*R = {reduced} more, got {x.shape[1]}")
     if dense(x) is not x:
         raise ValueError(f"{op}: in_place, x must be dense in NCHW or channels_last order, got strides {x.stride()}")
+    if autocast_dtype(x) and torch.promote_types(x.dtype, pyramid.dtype) == x.dtype:
+        pyramid = pyramid.to(x.dtype)
     check_same_dtype(op, "x", x, "pyramid", pyramid)
     if torch.is_grad_enabled() and (x.requires_grad or pyramid.requires_grad):
         out: torch.Tensor = cast(Any, _Fill).apply(x, pyramid, bins, order, align_corners)
