@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c requirements/constraints.txt
 OLD_TRITON  := 3.6.0
+OLD_TORCH   := 2.11.0
 export MAX_JOBS ?= $(shell nproc)
 
 # Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
 TORCH_INDEX ?=
 
-.PHONY: demo test emulation bench lint format types triton-check abi-check package-check clean
+.PHONY: demo test emulation bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
@@ -40,6 +41,15 @@ types: $(VENV)/.dev
 triton-check: $(VENV)/.built build/triton-$(OLD_TRITON)/.installed
 	$(BIN)/python .ci/triton_check.py
 	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python .ci/triton_check.py
+
+# The CUDA kernels for sm_80 and sm_90: registers, no spills, and a library that loads without a GPU. nvcc is needed.
+cuda-check: $(VENV)/.deps $(VENV)/.dev
+	$(BIN)/python .ci/cuda_check.py
+	$(BIN)/torch-abi-audit --check both build/cuda/lib/pspnet_fast/_C.abi3.so
+
+# The same files against the headers and libraries of the oldest torch supported, whose wheel (500 MB) is fetched.
+oldest-torch-check: build/torch-$(OLD_TORCH)/.fetched
+	$(BIN)/python .ci/oldest_torch_check.py build/torch-$(OLD_TORCH)
 
 # The extension needs nothing newer than torch 2.11 and Python 3.10.
 abi-check: $(VENV)/.built $(VENV)/.dev
@@ -72,6 +82,10 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 
 build/triton-$(OLD_TRITON)/.installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@touch $@
+
+build/torch-$(OLD_TORCH)/.fetched: | $(BIN)/python
+	$(PIP) download -q --no-deps --dest build/torch-$(OLD_TORCH) torch==$(OLD_TORCH)
 	@touch $@
 
 clean:

@@ -16,6 +16,7 @@ mkdir -p "$OUT"
 export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset PSPNET_FAST_BACKEND TRITON_INTERPRET PSPNET_FAST_CUDA_EMULATION
 
+$PYTHON -c 'import torch' || { echo "device.sh: $PYTHON has no torch: set PYTHON" >&2; exit 64; }
 failed=0
 skipped() { echo "$1: not done: $2"; }
 has_gpu() { $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
@@ -51,7 +52,7 @@ sanitizer() {
   for check in memcheck racecheck; do
     # Without torch's cache every tensor is an allocation of its own, so that memcheck sees where it ends.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$tool" --tool $check --error-exitcode 9 \
-      $PYTHON -P benchmarks/device.py sanitize >"$OUT/sanitizer_$check.log" 2>&1 || status=1
+      $PYTHON benchmarks/device.py sanitize >"$OUT/sanitizer_$check.log" 2>&1 || status=1
     echo "sanitizer: $check: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitizer_$check.log" || tail -n 3 "$OUT/sanitizer_$check.log")"
   done
   return $status
@@ -59,12 +60,12 @@ sanitizer() {
 
 measure() {
   needs_gpu || { skipped "$1" "$(why_not)"; return; }
-  timeout 200 $PYTHON -P benchmarks/device.py "$1" --output "$OUT/$1.json"
+  timeout 200 $PYTHON benchmarks/device.py "$1" --output "$OUT/$1.json"
 }
 ops() { measure ops; }
 ppm() { measure ppm; }
 
-report() { $PYTHON -P benchmarks/device.py report --output "$OUT"; }
+report() { $PYTHON benchmarks/device.py report --output "$OUT"; }
 
 for section in "${@:-build correctness sanitizer ops ppm report}"; do
   for name in $section; do
