@@ -105,13 +105,15 @@ _AXES = ["H", "H_UNITS", "H_SPLIT", "W", "W_UNITS", "W_SPLIT"]  # not specialise
 
 @triton.jit(do_not_specialize=_AXES)
 def _pyramid_pool_forward_channels_last_kernel(
-    x_ptr, sums_ptr, C, H, H_UNITS, H_SPLIT, W, W_UNITS, W_SPLIT, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, sums_ptr, copy_ptr, C, copy_channels, H, H_UNITS, H_SPLIT, W, W_UNITS, W_SPLIT,
+    COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of blocks, channels_last.
+    """Sums of blocks, channels_last; with COPY also x itself to C of `copy_channels` channels.
 
     Grid: one program owns BLOCK_C channels of one block of one image.
     Tile: BLOCK_C channels x BLOCK_P pixels; it walks the block's pixels row by row.
-    Traffic: reads x; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and 60 or 61 pixels).
+    Traffic: reads x, and writes it with COPY; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and
+        60 or 61 pixels).
     """
     n, c = _channels(C, BLOCK_C)
     h_id = tl.program_id(1)
@@ -125,21 +127,25 @@ def _pyramid_pool_forward_channels_last_kernel(
         p = p_start + tl.arange(0, BLOCK_P)
         pixel = n * H * W + ((h_start + p // width) * W + w_start + p % width)
         mask = (c < C)[:, None] & (p < pixels)[None, :]
-        total += tl.load(x_ptr + c[:, None] + (pixel * C)[None, :], mask=mask, other=0).to(tl.float32)
+        value = tl.load(x_ptr + c[:, None] + (pixel * C)[None, :], mask=mask, other=0)
+        if COPY:
+            tl.store(copy_ptr + c[:, None] + (pixel * copy_channels)[None, :], value, mask=mask)
+        total += value.to(tl.float32)
     block = (n * tl.num_programs(1) + h_id) * tl.num_programs(2) + w_id
     tl.store(sums_ptr + block * C + c, tl.sum(total, 1), mask=c < C)
 
 
 @triton.jit(do_not_specialize=[*_AXES, "PLANES", "W_VECTORS", "columns"])
 def _pyramid_pool_forward_nchw_kernel(
-    x_ptr, sums_ptr, PLANES, C, H, H_UNITS, H_SPLIT, W_VECTORS, W_UNITS, W_SPLIT, columns,
-    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    x_ptr, sums_ptr, copy_ptr, PLANES, C, copy_channels, H, H_UNITS, H_SPLIT, W_VECTORS, W_UNITS, W_SPLIT, columns,
+    COPY: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of blocks, NCHW.
+    """Sums of blocks, NCHW; with COPY also x itself to C of `copy_channels` channels.
 
     Grid: one program owns BLOCK_C planes, one segment of rows and `columns` segments of columns.
     Tile: BLOCK_C planes x BLOCK_W columns, summed over the rows, BLOCK_H at a time; then over each segment of columns.
-    Traffic: reads x; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and 60 or 61 pixels).
+    Traffic: reads x, and writes it with COPY; writes N * blocks * C float32 (36 or 121 blocks for bins 1, 2, 3, 6 and
+        60 or 61 pixels).
     """
     W = W_VECTORS * VECTOR
     plane = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -153,7 +159,13 @@ def _pyramid_pool_forward_nchw_kernel(
     for h_start in range(_edge(h_id, H, H_UNITS, H_SPLIT), h_end, BLOCK_H):
         for row in tl.static_range(BLOCK_H):
             offset = ((plane * H + (h_start + row)) * W)[:, None] + w[None, :]
-            total += tl.load(x_ptr + offset, mask=mask & (h_start + row < h_end), other=0).to(tl.float32)
+            row_mask = mask & (h_start + row < h_end)
+            value = tl.load(x_ptr + offset, mask=row_mask, other=0)
+            if COPY:  # columns that two tiles share are written by both, alike
+                copy_plane = plane // C * copy_channels + plane % C
+                offset = ((copy_plane * H + (h_start + row)) * W)[:, None] + w[None, :]
+                tl.store(copy_ptr + offset, value, mask=row_mask)
+            total += value.to(tl.float32)
     segment = _segment(w, W, W_UNITS, W_SPLIT)
     row_of_blocks = (plane // C * tl.num_programs(1) + h_id) * _segments(W_UNITS, W_SPLIT)
     for s in range(w_id, w_end):
@@ -308,10 +320,10 @@ def _pyramid_pool_backward_nchw_kernel(
 
 
 def pyramid_pool_refuses(*args: Any) -> str | None:
-    """Arguments of pyramid_pool_forward or pyramid_pool_backward; of a tensor alone, what holds for any bins."""
+    """Arguments of pyramid_pool_forward, _concat or _backward; of a tensor alone, what holds for any bins."""
     if len(args) == 1:
         return refuses(args[0])
-    size, bins = (args[0].shape[2:], args[1]) if len(args) == 2 else (args[2], args[3])
+    size, bins = (args[2], args[3]) if len(args) == 5 else (args[0].shape[2:], args[1])
     return refuses(args[0]) or refuses_size(size, bins)
 
 
@@ -331,8 +343,10 @@ BLOCKS_TILE = {"BLOCK_B": 8, "BLOCK_C": 64}
 CHANNELS_LAST_WARPS, NCHW_WARPS, CELLS_WARPS, BLOCKS_WARPS = 2, 4, 4, 4
 
 
-def _block_sums(x: torch.Tensor, units: int) -> tuple[torch.Tensor, _Axis, _Axis]:
+def _block_sums(x: torch.Tensor, units: int, copy: torch.Tensor | None) -> tuple[torch.Tensor, _Axis, _Axis]:
+    """`copy`, if given, has x's size, in wider images, and becomes equal to x."""
     n, c, height, width = x.shape
+    copied = x if copy is None else copy
     nchw = x.is_contiguous()
     tile = _nchw_tile(width, x.itemsize) if nchw else _channels_last_tile(x.itemsize)
     # What of a row surely fits into a tile that starts at a multiple of VECTOR and ends at an edge.
@@ -344,25 +358,29 @@ def _block_sums(x: torch.Tensor, units: int) -> tuple[torch.Tensor, _Axis, _Axis
         segments = windows << columns.split
         grid = (triton.cdiv(n * c, tile["BLOCK_C"]), rows.segments, triton.cdiv(columns.segments, segments))
         _pyramid_pool_forward_nchw_kernel[grid](
-            x, sums, n * c, c, *rows, width // tile["VECTOR"], *columns[1:], segments, **tile, num_warps=NCHW_WARPS
-        )
+            x, sums, copied, n * c, c, copied.stride(0) // (height * width),
+            *rows, width // tile["VECTOR"], *columns[1:], segments,
+            COPY=copy is not None, **tile, num_warps=NCHW_WARPS,
+        )  # fmt: skip
     else:
         grid = (n * triton.cdiv(c, tile["BLOCK_C"]), rows.segments, columns.segments)
         _pyramid_pool_forward_channels_last_kernel[grid](
-            x, sums, c, *rows, *columns, **tile, num_warps=CHANNELS_LAST_WARPS
-        )
+            x, sums, copied, c, copied.stride(0) // (height * width), *rows, *columns,
+            COPY=copy is not None, **tile, num_warps=CHANNELS_LAST_WARPS,
+        )  # fmt: skip
     return sums, rows, columns
 
 
-def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
-    bins, starts = tuple(bins), level_starts(bins)
+def _pool(x: torch.Tensor, bins: tuple[int, ...], copy: torch.Tensor | None) -> torch.Tensor:
     n, c = x.shape[:2]
+    starts = level_starts(bins)
     out = torch.empty((n, cell_count(bins), c), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     with on_device(x):
         for units, levels in _groups(bins):
-            sums, rows, columns = _block_sums(x, units)
+            sums, rows, columns = _block_sums(x, units, copy)
+            copy = None  # the first group's pass has made it
             group = tuple(bins[k] for k in levels)
             shifts = tuple(starts[k] - start for k, start in zip(levels, level_starts(group), strict=True))
             grid = (n * triton.cdiv(c, CELLS_TILE["BLOCK_C"]), cell_count(group))
@@ -371,6 +389,19 @@ def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
                 BINS=group, SHIFTS=shifts, **CELLS_TILE, num_warps=CELLS_WARPS,
             )  # fmt: skip
     return out
+
+
+def pyramid_pool_forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
+    return _pool(x, tuple(bins), None)
+
+
+def pyramid_pool_concat(
+    x: torch.Tensor, bins: Sequence[int], channels: int, first_channel: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, c, height, width = x.shape
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return _pool(x, tuple(bins), out.narrow(1, first_channel, c)), out
 
 
 def _reach(size: int, bins: Sequence[int]) -> int:
@@ -420,7 +451,13 @@ def _compile_cases() -> Iterator[CompileCase]:
     for dtype in (torch.bfloat16, torch.float32):
         case = partial(compile_case, dtype=dtype, sums_ptr="*fp32", blocks_ptr="*fp32")
         tile = _channels_last_tile(dtype.itemsize)
-        yield case(_pyramid_pool_forward_channels_last_kernel, constexprs=tile, num_warps=CHANNELS_LAST_WARPS)
+        for copy in (False, True):
+            yield case(
+                _pyramid_pool_forward_channels_last_kernel,
+                constexprs={"COPY": copy, **tile},
+                num_warps=CHANNELS_LAST_WARPS,
+                divisible=("C", "copy_channels"),
+            )
         for has_input in (False, True):
             yield case(
                 _pyramid_pool_backward_channels_last_kernel,
@@ -430,7 +467,13 @@ def _compile_cases() -> Iterator[CompileCase]:
             )
         for width in (60, 61, 256):
             tile = _nchw_tile(width, dtype.itemsize)
-            yield case(_pyramid_pool_forward_nchw_kernel, constexprs=tile, num_warps=NCHW_WARPS)
+            for copy in (False, True):
+                yield case(
+                    _pyramid_pool_forward_nchw_kernel,
+                    constexprs={"COPY": copy, **tile},
+                    num_warps=NCHW_WARPS,
+                    divisible=("C", "copy_channels"),
+                )
             yield case(
                 _pyramid_pool_backward_nchw_kernel,
                 constexprs={"HAS_INPUT": True, **tile},

@@ -4,29 +4,16 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "../pyramid_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/pyramid_pool_kernels.h"
-#include "geometry.h"
 #include "library.h"
 
 namespace pspnet_fast {
 namespace {
-
-std::vector<int64_t> axis_edges(int64_t size, const std::vector<int64_t>& bins) {
-  std::vector<int64_t> edges;
-  for (const int64_t b : bins) {
-    for (int64_t i = 0; i < b; ++i) {
-      edges.push_back(bin_start(i, size, b));
-      edges.push_back(bin_end(i, size, b));
-    }
-  }
-  std::sort(edges.begin(), edges.end());
-  edges.erase(std::unique(edges.begin(), edges.end()), edges.end());
-  return edges;
-}
 
 // The pyramid's windows over a map, in segments.
 class Windows {
@@ -38,8 +25,9 @@ class Windows {
         const int64_t top = bin_start(i, height, b), bottom = bin_end(i, height, b);
         for (int64_t j = 0; j < b; ++j) {
           const int64_t left = bin_start(j, width, b), right = bin_end(j, width, b);
-          cells_.push_back({segment(row_edges_, top), segment(row_edges_, bottom), segment(column_edges_, left),
-                            segment(column_edges_, right), (bottom - top) * (right - left)});
+          cells_.push_back({segment_at(row_edges_, top), segment_at(row_edges_, bottom),
+                            segment_at(column_edges_, left), segment_at(column_edges_, right),
+                            (bottom - top) * (right - left)});
         }
       }
     }
@@ -59,28 +47,26 @@ class Windows {
   }
 
  private:
-  static int64_t segment(const std::vector<int64_t>& edges, int64_t edge) {
-    return std::lower_bound(edges.begin(), edges.end(), edge) - edges.begin();
-  }
-
   std::vector<int64_t> row_edges_, column_edges_;
   std::vector<PoolCell> cells_;
 };
 
-Tensor pyramid_pool_forward_cpu(const Tensor& x, const std::vector<int64_t>& bins) {
-  constexpr const char* op = "pyramid_pool_forward";
-  check(x.dim() == 4, op, "x must be 4-D (N, C, H, W), got ", x.dim(), " dimensions");
-  check_dtype(op, "x", x);
-  check_bins(op, bins);
-  const int64_t n = x.size(0), c = x.size(1), height = x.size(2), width = x.size(3);
-  check(height > 0 && width > 0, op, "x must have pixels, got ", height, " x ", width);
-  const bool channels_last = check_is_channels_last(op, "x", x);
-  Tensor out = new_output(x, {n, level_start(bins.data(), static_cast<int64_t>(bins.size())), c});
+// `copy` has x's channels from `first_channel` on, or is null.
+Tensor pool(const Tensor& x, const std::vector<int64_t>& bins, const PoolSizes& sizes, const Tensor* copy,
+            int64_t first_channel) {
+  const auto [n, c, height, width, cells, channels_last] = sizes;
+  Tensor out = new_output(x, {n, cells, c});
   if (out.numel() == 0) {
     return out;
   }
   const Windows windows(height, width, bins);
-  const PyramidPoolForward a{windows.over(dtype_of(x), channels_last, c), x.const_data_ptr(), out.mutable_data_ptr()};
+  PyramidPoolForward a{windows.over(dtype_of(x), channels_last, c), x.const_data_ptr(), out.mutable_data_ptr(), nullptr,
+                       0};
+  if (copy != nullptr) {
+    const int64_t offset = first_channel * (channels_last ? 1 : height * width);
+    a.copy = static_cast<char*>(copy->mutable_data_ptr()) + offset * static_cast<int64_t>(x.element_size());
+    a.copy_channels = copy->size(1);
+  }
   const int64_t segments = a.rows.segments * a.columns.segments;
   const int64_t scratch = channels_last ? segments * std::min(kPoolChunk, c)
                                         : kChannelBlock * (a.rows.segments * a.pitch + a.pitch + segments);
@@ -88,27 +74,24 @@ Tensor pyramid_pool_forward_cpu(const Tensor& x, const std::vector<int64_t>& bin
   return out;
 }
 
+Tensor pyramid_pool_forward_cpu(const Tensor& x, const std::vector<int64_t>& bins) {
+  return pool(x, bins, check_pyramid_pool("pyramid_pool_forward", x, bins), nullptr, 0);
+}
+
+std::tuple<Tensor, Tensor> pyramid_pool_concat_cpu(const Tensor& x, const std::vector<int64_t>& bins, int64_t channels,
+                                                   int64_t first_channel) {
+  const PoolSizes sizes = check_pyramid_pool_concat("pyramid_pool_concat", x, bins, channels, first_channel);
+  const Tensor out = new_output(x, {sizes.n, channels, sizes.height, sizes.width}, sizes.channels_last);
+  const Tensor pyramid = pool(x, bins, sizes, &out, first_channel);
+  return {pyramid, out};
+}
+
 Tensor pyramid_pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>& grad_input,
                                  const std::vector<int64_t>& size, const std::vector<int64_t>& bins,
                                  bool channels_last) {
-  constexpr const char* op = "pyramid_pool_backward";
-  check(grad.dim() == 3, op, "grad must be 3-D (N, S, C), got ", grad.dim(), " dimensions");
-  check_dtype(op, "grad", grad);
-  check_contiguous(op, "grad", grad);
-  check_bins(op, bins);
-  check(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size must be (H, W), got ",
-        to_string(size.data(), size.size()));
-  const int64_t n = grad.size(0), c = grad.size(2), height = size[0], width = size[1];
-  check_size(op, "grad", grad, {n, level_start(bins.data(), static_cast<int64_t>(bins.size())), c});
-  if (grad_input) {
-    check_like(op, "grad_input", *grad_input, grad);
-    check_size(op, "grad_input", *grad_input, {n, c, height, width});
-    const int64_t image = grad_input->stride(0), pixel = grad_input->stride(3);
-    check(has_strides(*grad_input, channels_last ? std::vector<int64_t>{image, 1, width * pixel, pixel}
-                                                 : std::vector<int64_t>{image, height * width, width, 1}),
-          op, "grad_input must be a channel slice of a dense tensor, got strides ",
-          to_string(grad_input->strides().data(), 4));
-  }
+  const PoolSizes sizes =
+      check_pyramid_pool_backward("pyramid_pool_backward", grad, grad_input, size, bins, channels_last);
+  const int64_t n = sizes.n, c = sizes.c, height = sizes.height, width = sizes.width;
   Tensor out = new_output(grad, {n, c, height, width}, channels_last);
   if (out.numel() == 0) {
     return out;
@@ -135,5 +118,6 @@ Tensor pyramid_pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>
 
 PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("pyramid_pool_forward", TORCH_BOX(&pspnet_fast::pyramid_pool_forward_cpu));
+  m.impl("pyramid_pool_concat", TORCH_BOX(&pspnet_fast::pyramid_pool_concat_cpu));
   m.impl("pyramid_pool_backward", TORCH_BOX(&pspnet_fast::pyramid_pool_backward_cpu));
 }

@@ -32,6 +32,8 @@ struct PyramidPool {
 struct PyramidPoolForward : PyramidPool {
   const void* x;
   void* out;
+  void* copy;             // where x's first image goes, or null
+  int64_t copy_channels;  // of the tensor that the copy is a part of
 };
 
 struct PyramidPoolBackward : PyramidPool {

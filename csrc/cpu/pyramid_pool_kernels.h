@@ -66,9 +66,9 @@ inline void blocks_to_cells(const PyramidPoolForward& a, const Accumulator<T>* b
 }
 
 // Grid     one block of channels of one image, `planes` <= a vector's lanes of them
-// Tile     plane by plane, each row segment summed to one row; then, for all planes at once, the rows transposed to
-//          vectors along C and these summed to blocks; then blocks to cells
-// Traffic  x read once, the cells written once
+// Tile     plane by plane, each row segment summed to one row and the plane copied while it is in the cache; then, for
+//          all planes at once, the rows transposed to vectors along C and these summed to blocks; then blocks to cells
+// Traffic  x read once, the cells written once, and the copy where one is asked for
 template <class T>
 void forward_nchw(const PyramidPoolForward& a, int64_t n, int64_t channel, int64_t planes, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
@@ -81,6 +81,11 @@ void forward_nchw(const PyramidPoolForward& a, int64_t n, int64_t channel, int64
     for (int64_t r = 0; r < a.rows.segments; ++r) {
       sum_rows(a, x + plane * a.height * a.width, a.rows.edges[r], a.rows.edges[r + 1],
                sums + (r * lanes + plane) * a.pitch);
+    }
+    if (a.copy != nullptr) {
+      const int64_t size = a.height * a.width;
+      __builtin_memcpy(static_cast<T*>(a.copy) + (n * a.copy_channels + channel + plane) * size, x + plane * size,
+                       static_cast<size_t>(size) * sizeof(T));
     }
   }
   for (int64_t r = 0; r < a.rows.segments; ++r) {
@@ -109,8 +114,9 @@ inline void add_pixels(const T* x, int64_t pixel, int64_t count, Accumulator<T>*
 }
 
 // Grid     `count` <= kPoolChunk channels of one image
-// Tile     pixels in the order they stand in memory, four at a time, added to their block; then blocks to cells
-// Traffic  x read once, the cells written once
+// Tile     pixels in the order they stand in memory, four at a time, added to their block, and copied row by row; then
+//          blocks to cells
+// Traffic  x read once, the cells written once, and the copy where one is asked for
 template <class T>
 void forward_channels_last(const PyramidPoolForward& a, int64_t n, int64_t channel, int64_t count,
                            Accumulator<T>* blocks) {
@@ -128,6 +134,12 @@ void forward_channels_last(const PyramidPoolForward& a, int64_t n, int64_t chann
         }
         for (; w < a.columns.edges[c + 1]; ++w) {
           add_pixels<1>(row + w * a.channels, a.channels, count, row_blocks + c * count);
+        }
+      }
+      if (a.copy != nullptr) {
+        T* const copy = static_cast<T*>(a.copy) + (n * a.height + h) * a.width * a.copy_channels + channel;
+        for (int64_t w = 0; w < a.width; ++w) {
+          __builtin_memcpy(copy + w * a.copy_channels, row + w * a.channels, static_cast<size_t>(count) * sizeof(T));
         }
       }
     }
