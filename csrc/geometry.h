@@ -45,4 +45,15 @@ PSPNET_FAST_HOST_DEVICE constexpr BilinearTap bilinear_tap(int64_t i, int64_t si
   return {lower, upper, position - lower * denominator, denominator};
 }
 
+// First pixel whose lower tap is `cell` or a later one; `size` from `cell` = `cells` on. The taps' inverse.
+PSPNET_FAST_HOST_DEVICE constexpr int64_t tap_start(int64_t cell, int64_t size, int64_t cells, bool align_corners) {
+  if (cell <= 0 || cell >= cells) {
+    return cell <= 0 ? 0 : size;
+  }
+  const int64_t steps = cells - 1, length = size > 1 ? size - 1 : 1;
+  const int64_t first = align_corners ? (cell * length + steps - 1) / steps
+                                      : (2 * size * cell + size + cells - 1) / (2 * cells);
+  return first < size ? first : size;
+}
+
 }  // namespace pspnet_fast

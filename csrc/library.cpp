@@ -52,6 +52,14 @@ std::vector<int64_t> bilinear_taps(int64_t size, int64_t cells, bool align_corne
   return taps;
 }
 
+std::vector<int64_t> tap_starts(int64_t size, int64_t cells, bool align_corners) {
+  std::vector<int64_t> starts;
+  for (int64_t cell = 0; cell <= cells; ++cell) {
+    starts.push_back(tap_start(cell, size, cells, align_corners));
+  }
+  return starts;
+}
+
 }  // namespace
 }  // namespace pspnet_fast
 
@@ -86,6 +94,7 @@ PSPNET_FAST_OPS(m) {
   m.def("bin_windows(int size, int bins) -> int[]");
   m.def("level_starts(int[] bins) -> int[]");
   m.def("bilinear_taps(int size, int cells, bool align_corners) -> int[]");
+  m.def("tap_starts(int size, int cells, bool align_corners) -> int[]");
 }
 
 PSPNET_FAST_KERNELS(CompositeExplicitAutograd, m) {
@@ -94,6 +103,7 @@ PSPNET_FAST_KERNELS(CompositeExplicitAutograd, m) {
   m.impl("bin_windows", TORCH_BOX(&pspnet_fast::bin_windows));
   m.impl("level_starts", TORCH_BOX(&pspnet_fast::level_starts));
   m.impl("bilinear_taps", TORCH_BOX(&pspnet_fast::bilinear_taps));
+  m.impl("tap_starts", TORCH_BOX(&pspnet_fast::tap_starts));
 }
 
 // An empty module: importing it loads the library, which registers the ops.

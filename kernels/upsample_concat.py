@@ -36,11 +36,6 @@ from .geometry import (
 
 
 @triton.constexpr_function
-def _has_x(order):
-    return -1 in order
-
-
-@triton.constexpr_function
 def _column_starts(bins):
     """First of every level's columns where the columns of all levels stand in one row; last, how many there are."""
     return tuple(accumulate(bins, initial=0))
@@ -85,9 +80,10 @@ def _load_cells(pyramid_ptr, cells, mask):
 @triton.jit(do_not_specialize=["H", "W"])
 def _upsample_concat_forward_channels_last_kernel(
     x_ptr, pyramid_ptr, out_ptr, C, R, CHANNELS, H, W,
-    BINS: tl.constexpr, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    BINS: tl.constexpr, ORDER: tl.constexpr, ALIGN: tl.constexpr, COPY: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The concatenation, channels_last.
+    """The concatenation, channels_last; without COPY the levels alone.
 
     Grid: one program owns one output row of one image, BLOCK_C channels of x or of a level.
     Tile: BLOCK_W pixels x BLOCK_C channels. Of a level: blends its two cell rows column by column, and walks the pixels
@@ -95,7 +91,7 @@ def _upsample_concat_forward_channels_last_kernel(
     Traffic: reads x and, once a row, two cell rows a level (cached); writes N * CHANNELS * H * W.
     """
     x_tiles = 0
-    if _has_x(ORDER):
+    if COPY:
         x_tiles = tiles(C, BLOCK_C)
     r_tiles = tiles(R, BLOCK_C)
     all_tiles = x_tiles + r_tiles * len(BINS)
@@ -141,10 +137,10 @@ def _upsample_concat_forward_channels_last_kernel(
 @triton.jit(do_not_specialize=["H", "W_VECTORS"])
 def _upsample_concat_forward_nchw_kernel(
     x_ptr, pyramid_ptr, out_ptr, C, R, CHANNELS, H, W_VECTORS,
-    BINS: tl.constexpr, ORDER: tl.constexpr, ALIGN: tl.constexpr,
+    BINS: tl.constexpr, ORDER: tl.constexpr, ALIGN: tl.constexpr, COPY: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The concatenation, NCHW.
+    """The concatenation, NCHW; without COPY the levels alone.
 
     Grid: one program owns BLOCK_H rows and BLOCK_W columns of BLOCK_C planes of x or of a level.
     Tile: BLOCK_C planes x BLOCK_W columns. Of a level: blends two cell rows along W, and walks the rows between them.
@@ -152,7 +148,7 @@ def _upsample_concat_forward_nchw_kernel(
     """
     W = W_VECTORS * VECTOR
     x_tiles = 0
-    if _has_x(ORDER):
+    if COPY:
         x_tiles = tiles(C, BLOCK_C)
     r_tiles = tiles(R, BLOCK_C)
     all_tiles = x_tiles + r_tiles * len(BINS)
@@ -319,7 +315,7 @@ def _upsample_concat_backward_nchw_kernel(
 
 
 def upsample_concat_refuses(*args: Any) -> str | None:
-    """Arguments of upsample_concat_forward or upsample_concat_backward; of a tensor alone, what holds for any bins."""
+    """Arguments of upsample_concat_forward, _fill or _backward; of a tensor alone, what holds for any bins."""
     return refuses(args[0]) or (refuses_size(args[0].shape[2:], args[2]) if len(args) > 1 else None)
 
 
@@ -354,30 +350,55 @@ def _backward_nchw_tile(width: int, itemsize: int) -> dict[str, int]:
 CELLS_TILE = {"BLOCK_H": 16, "BLOCK_C": 64}
 
 
-def upsample_concat_forward(
-    x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
-) -> torch.Tensor:
-    (n, c, height, width), reduced, nchw = x.shape, pyramid.shape[2], x.is_contiguous()
-    channels = sum(c if block == -1 else reduced for block in order)
-    memory_format = torch.contiguous_format if nchw else torch.channels_last
-    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format)
+def _write(
+    x: torch.Tensor | None,
+    pyramid: torch.Tensor,
+    out: torch.Tensor,
+    bins: Sequence[int],
+    order: Sequence[int],
+    align_corners: bool,
+) -> None:
+    """The levels' blocks of the concatenation, and x's where it is given."""
     if out.numel() == 0:
-        return out
-    tile = _forward_nchw_tile(width, x.itemsize) if nchw else _channels_last_tile(x.itemsize)
-    blocks = sum(triton.cdiv(c if block == -1 else reduced, tile["BLOCK_C"]) for block in order)
-    options = {"BINS": tuple(bins), "ORDER": tuple(order), "ALIGN": align_corners, **tile}
-    with on_device(x):
+        return
+    (n, channels, height, width), reduced, nchw = out.shape, pyramid.shape[2], out.is_contiguous()
+    c = channels - len(bins) * reduced
+    tile = _forward_nchw_tile(width, out.itemsize) if nchw else _channels_last_tile(out.itemsize)
+    blocks = len(bins) * triton.cdiv(reduced, tile["BLOCK_C"])
+    if x is not None:
+        blocks += triton.cdiv(c, tile["BLOCK_C"])
+    if blocks == 0:
+        return
+    options = {"BINS": tuple(bins), "ORDER": tuple(order), "ALIGN": align_corners, "COPY": x is not None, **tile}
+    sizes = c, reduced, channels, height
+    with on_device(out):
         if nchw:
             grid = (n * blocks, triton.cdiv(height, tile["BLOCK_H"]), triton.cdiv(width, tile["BLOCK_W"]))
             _upsample_concat_forward_nchw_kernel[grid](
-                x, pyramid, out, c, reduced, channels, height, width // tile["VECTOR"],
+                out if x is None else x, pyramid, out, *sizes, width // tile["VECTOR"],
                 **options, num_warps=FORWARD_NCHW_WARPS,
             )  # fmt: skip
         else:
             _upsample_concat_forward_channels_last_kernel[n * blocks, height](
-                x, pyramid, out, c, reduced, channels, height, width, **options, num_warps=CHANNELS_LAST_WARPS
+                out if x is None else x, pyramid, out, *sizes, width, **options, num_warps=CHANNELS_LAST_WARPS
             )
+
+
+def upsample_concat_forward(
+    x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> torch.Tensor:
+    (n, c, height, width), with_x = x.shape, -1 in order
+    channels = len(bins) * pyramid.shape[2] + (c if with_x else 0)
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    _write(x if with_x else None, pyramid, out, bins, order, align_corners)
     return out
+
+
+def upsample_concat_fill(
+    out: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
+) -> None:
+    _write(None, pyramid, out, bins, order, align_corners)
 
 
 def upsample_concat_backward(
@@ -417,11 +438,12 @@ def _compile_cases() -> Iterator[CompileCase]:
         case = partial(compile_case, dtype=dtype, divisible=divisible, rows_ptr="*fp32")
         cells = {"BINS": (1, 2, 3, 6), "ALIGN": align_corners}
         blocks = {**cells, "ORDER": (-1, 0, 1, 2, 3)}
-        yield case(
-            _upsample_concat_forward_channels_last_kernel,
-            constexprs={**blocks, **_channels_last_tile(dtype.itemsize)},
-            num_warps=CHANNELS_LAST_WARPS,
-        )
+        for copy in (True, False):
+            yield case(
+                _upsample_concat_forward_channels_last_kernel,
+                constexprs={**blocks, "COPY": copy, **_channels_last_tile(dtype.itemsize)},
+                num_warps=CHANNELS_LAST_WARPS,
+            )
         yield case(
             _upsample_concat_backward_rows_kernel,
             constexprs={**blocks, **_rows_tile(dtype.itemsize)},
@@ -429,11 +451,12 @@ def _compile_cases() -> Iterator[CompileCase]:
         )
         yield case(_upsample_concat_backward_cells_kernel, constexprs={**cells, **CELLS_TILE}, num_warps=CELLS_WARPS)
         for width in (60, 61, 256) if align_corners else (60,):
-            yield case(
-                _upsample_concat_forward_nchw_kernel,
-                constexprs={**blocks, **_forward_nchw_tile(width, dtype.itemsize)},
-                num_warps=FORWARD_NCHW_WARPS,
-            )
+            for copy in (True, False):
+                yield case(
+                    _upsample_concat_forward_nchw_kernel,
+                    constexprs={**blocks, "COPY": copy, **_forward_nchw_tile(width, dtype.itemsize)},
+                    num_warps=FORWARD_NCHW_WARPS,
+                )
             yield case(
                 _upsample_concat_backward_nchw_kernel,
                 constexprs={**blocks, **_backward_nchw_tile(width, dtype.itemsize)},

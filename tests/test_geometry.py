@@ -61,4 +61,7 @@ def test_cpp_agrees():
             assert native.bin_windows(size, cells) == [edge for window in windows for edge in window]
             for corners, rows in zip((True, False), taps, strict=True):
                 assert native.bilinear_taps(size, cells, corners) == [number for row in rows for number in row]
+                lower = [row[0] for row in rows]
+                starts = [sum(tap < cell for tap in lower) for cell in range(cells)]
+                assert native.tap_starts(size, cells, corners) == [*starts, size]
     assert native.level_starts([1, 2, 3, 6]) == geometry.level_starts((1, 2, 3, 6))

@@ -1,16 +1,15 @@
 // upsample_concat: dispatch, registration, and the scalar kernels.
 
-#include "cpu/upsample_concat.h"
+#include "../upsample_concat.h"
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/dispatch.h"
+#include "cpu/upsample_concat.h"
 #include "cpu/upsample_concat_kernels.h"
-#include "geometry.h"
 #include "library.h"
 
 namespace pspnet_fast {
@@ -38,55 +37,36 @@ class Taps {
   std::vector<double> fraction_;
 };
 
-// Where everything stands in the concatenation, and how each level is sampled.
-class Layout {
+// How each level is sampled.
+class Sampling {
  public:
-  Layout(const char* op, const std::vector<int64_t>& bins, const std::vector<int64_t>& order, int64_t channels,
-         int64_t reduced)
-      : bins_(bins), first_channel_(bins.size(), -1) {
-    for (const int64_t block : order) {
-      check(block >= -1 && block < static_cast<int64_t>(bins.size()), op, "order must hold -1 and the levels, got ",
-            to_string(order.data(), order.size()));
-      int64_t& first = block == -1 ? x_first_channel_ : first_channel_[static_cast<size_t>(block)];
-      check(first == -1, op, "order must name a block once, got ", to_string(order.data(), order.size()));
-      first = total_channels_;
-      total_channels_ += block == -1 ? channels : reduced;
-    }
-    for (const int64_t first : first_channel_) {
-      check(first >= 0, op, "order must name every level, got ", to_string(order.data(), order.size()));
-    }
-  }
-
-  UpsampleConcat over(Dtype dtype, bool channels_last, int64_t reduced, int64_t height, int64_t width,
-                      bool align_corners) {
+  Sampling(const ConcatSizes& sizes, const std::vector<int64_t>& bins, Dtype dtype, bool align_corners) {
     int64_t first_cell = 0;
-    for (size_t k = 0; k < bins_.size(); ++k) {
-      const int64_t b = bins_[k];
-      taps_.emplace_back(height, b, align_corners, dtype);
-      taps_.emplace_back(width, b, align_corners, dtype);
-      levels_.push_back({b, first_cell, first_channel_[k], taps_[2 * k].axis(), taps_[2 * k + 1].axis()});
+    for (size_t k = 0; k < bins.size(); ++k) {
+      const int64_t b = bins[k];
+      taps_.emplace_back(sizes.height, b, align_corners, dtype);
+      taps_.emplace_back(sizes.width, b, align_corners, dtype);
+      levels_.push_back({b, first_cell, sizes.blocks.first_channel[k], taps_[2 * k].axis(), taps_[2 * k + 1].axis()});
       first_cell += b * b;
     }
-    return {dtype,
-            channels_last,
-            reduced,
-            total_channels_,
-            height,
-            width,
-            levels_.data(),
-            static_cast<int64_t>(levels_.size()),
-            first_cell,
-            whole_blocks(width) * kChannelBlock};
+    arguments_ = {dtype,
+                  sizes.channels_last,
+                  sizes.reduced,
+                  sizes.blocks.total_channels,
+                  sizes.height,
+                  sizes.width,
+                  levels_.data(),
+                  static_cast<int64_t>(levels_.size()),
+                  first_cell,
+                  whole_blocks(sizes.width) * kChannelBlock};
   }
 
-  int64_t x_first_channel() const { return x_first_channel_; }
-  int64_t total_channels() const { return total_channels_; }
+  const UpsampleConcat& arguments() const { return arguments_; }
 
  private:
-  std::vector<int64_t> bins_, first_channel_;
-  int64_t x_first_channel_ = -1, total_channels_ = 0;
   std::vector<Taps> taps_;
   std::vector<UpsampleLevel> levels_;
+  UpsampleConcat arguments_;
 };
 
 // For a block of planes: the cells, each row of cells stretched to the width of the map, and one of these transposed.
@@ -116,71 +96,62 @@ void copy_planes(const Tensor& x, const Tensor& out, int64_t first_channel) {
   });
 }
 
-Tensor upsample_concat_forward_cpu(const Tensor& x, const Tensor& pyramid, const std::vector<int64_t>& bins,
-                                   const std::vector<int64_t>& order, bool align_corners) {
-  constexpr const char* op = "upsample_concat_forward";
-  check(x.dim() == 4, op, "x must be 4-D (N, C, H, W), got ", x.dim(), " dimensions");
-  check_dtype(op, "x", x);
-  check_bins(op, bins);
-  const int64_t n = x.size(0), c = x.size(1), height = x.size(2), width = x.size(3);
-  check(height > 0 && width > 0, op, "x must have pixels, got ", height, " x ", width);
-  const bool channels_last = check_is_channels_last(op, "x", x);
-  check(pyramid.dim() == 3, op, "pyramid must be 3-D (N, S, R), got ", pyramid.dim(), " dimensions");
-  const int64_t reduced = pyramid.size(2);
-  check_like(op, "pyramid", pyramid, x);
-  check_size(op, "pyramid", pyramid, {n, level_start(bins.data(), static_cast<int64_t>(bins.size())), reduced});
-  check_contiguous(op, "pyramid", pyramid);
-
-  Layout layout(op, bins, order, c, reduced);
-  Tensor out = new_output(x, {n, layout.total_channels(), height, width}, channels_last);
-  if (out.numel() == 0) {
-    return out;
-  }
-  const bool with_x = layout.x_first_channel() >= 0;
-  const UpsampleConcatForward a{layout.over(dtype_of(x), channels_last, reduced, height, width, align_corners),
-                                x.const_data_ptr(),
-                                with_x ? c : 0,
-                                with_x ? layout.x_first_channel() : 0,
+// Writes the levels, and in channels_last x with them: pixel by pixel, each pixel's channels at once. No x: null.
+void write_levels(const ConcatSizes& sizes, const Tensor* x, const Tensor& pyramid, const Tensor& out,
+                  const std::vector<int64_t>& bins, bool align_corners) {
+  const Sampling sampling(sizes, bins, dtype_of(out), align_corners);
+  const UpsampleConcatForward a{sampling.arguments(),
+                                x ? x->const_data_ptr() : nullptr,
+                                x ? sizes.channels : 0,
+                                x ? sizes.blocks.x_first_channel : 0,
                                 pyramid.const_data_ptr(),
                                 out.mutable_data_ptr()};
   const auto kernel = PSPNET_FAST_KERNEL(upsample_concat_forward);
-  if (channels_last) {
+  if (sizes.channels_last) {
     const int64_t columns = std::accumulate(bins.begin(), bins.end(), int64_t{0});
-    run_kernel(kernel, a, n * height * width, a.total_channels, columns * reduced);
+    run_kernel(kernel, a, sizes.images * a.height * a.width, a.total_channels, columns * a.reduced);
   } else {
-    if (with_x) {
-      copy_planes(x, out, a.x_first_channel);
-    }
-    run_kernel(kernel, a, n * a.level_count * whole_blocks(reduced), kChannelBlock * height * width, nchw_scratch(a));
+    run_kernel(kernel, a, sizes.images * a.level_count * whole_blocks(a.reduced), kChannelBlock * a.height * a.width,
+               nchw_scratch(a));
   }
+}
+
+Tensor upsample_concat_forward_cpu(const Tensor& x, const Tensor& pyramid, const std::vector<int64_t>& bins,
+                                   const std::vector<int64_t>& order, bool align_corners) {
+  const ConcatSizes sizes = check_upsample_concat_forward("upsample_concat_forward", x, pyramid, bins, order);
+  Tensor out =
+      new_output(x, {sizes.images, sizes.blocks.total_channels, sizes.height, sizes.width}, sizes.channels_last);
+  if (out.numel() == 0) {
+    return out;
+  }
+  const bool with_x = sizes.blocks.x_first_channel >= 0;
+  if (with_x && !sizes.channels_last) {
+    copy_planes(x, out, sizes.blocks.x_first_channel);
+  }
+  write_levels(sizes, with_x && sizes.channels_last ? &x : nullptr, pyramid, out, bins, align_corners);
   return out;
+}
+
+void upsample_concat_fill_cpu(Tensor out, const Tensor& pyramid, const std::vector<int64_t>& bins,
+                              const std::vector<int64_t>& order, bool align_corners) {
+  const ConcatSizes sizes = check_upsample_concat_fill("upsample_concat_fill", out, pyramid, bins, order);
+  if (pyramid.numel() > 0) {
+    write_levels(sizes, nullptr, pyramid, out, bins, align_corners);
+  }
 }
 
 Tensor upsample_concat_backward_cpu(const Tensor& grad, int64_t channels, const std::vector<int64_t>& bins,
                                     const std::vector<int64_t>& order, bool align_corners) {
-  constexpr const char* op = "upsample_concat_backward";
-  check(grad.dim() == 4, op, "grad must be 4-D (N, C + B * R, H, W), got ", grad.dim(), " dimensions");
-  check_dtype(op, "grad", grad);
-  check_bins(op, bins);
-  const int64_t n = grad.size(0), height = grad.size(2), width = grad.size(3);
-  check(height > 0 && width > 0, op, "grad must have pixels, got ", height, " x ", width);
-  const bool channels_last = check_is_channels_last(op, "grad", grad);
-  const bool with_x = std::find(order.begin(), order.end(), -1) != order.end();
-  const int64_t upsampled = grad.size(1) - (with_x ? channels : 0), count = static_cast<int64_t>(bins.size());
-  check(upsampled >= 0 && upsampled % count == 0, op, "grad must have C + B * R channels, got ", grad.size(1),
-        " for C = ", channels, " and B = ", count);
-  const int64_t reduced = upsampled / count;
-
-  Layout layout(op, bins, order, channels, reduced);
-  Tensor out = new_output(grad, {n, level_start(bins.data(), count), reduced});
+  const ConcatSizes sizes = check_upsample_concat_backward("upsample_concat_backward", grad, channels, bins, order);
+  const Sampling sampling(sizes, bins, dtype_of(grad), align_corners);
+  Tensor out = new_output(grad, {sizes.images, sampling.arguments().cell_count, sizes.reduced});
   if (out.numel() == 0) {
     return out;
   }
-  const UpsampleConcatBackward a{layout.over(dtype_of(grad), channels_last, reduced, height, width, align_corners),
-                                 grad.const_data_ptr(), out.mutable_data_ptr()};
+  const UpsampleConcatBackward a{sampling.arguments(), grad.const_data_ptr(), out.mutable_data_ptr()};
   const int64_t b = *std::max_element(bins.begin(), bins.end());
-  run_kernel(PSPNET_FAST_KERNEL(upsample_concat_backward), a, n * a.level_count * whole_blocks(reduced),
-             kChannelBlock * height * width, channels_last ? (b * b + b) * reduced : nchw_scratch(a));
+  run_kernel(PSPNET_FAST_KERNEL(upsample_concat_backward), a, sizes.images * a.level_count * whole_blocks(a.reduced),
+             kChannelBlock * a.height * a.width, a.channels_last ? (b * b + b) * a.reduced : nchw_scratch(a));
   return out;
 }
 
@@ -189,5 +160,6 @@ Tensor upsample_concat_backward_cpu(const Tensor& grad, int64_t channels, const 
 
 PSPNET_FAST_KERNELS(CPU, m) {
   m.impl("upsample_concat_forward", TORCH_BOX(&pspnet_fast::upsample_concat_forward_cpu));
+  m.impl("upsample_concat_fill", TORCH_BOX(&pspnet_fast::upsample_concat_fill_cpu));
   m.impl("upsample_concat_backward", TORCH_BOX(&pspnet_fast::upsample_concat_backward_cpu));
 }

@@ -75,7 +75,7 @@ void forward_nchw(const UpsampleConcatForward& a, int64_t n, const UpsampleLevel
 // Grid     pixels [begin, end), image after image
 // Tile     at the start of each row of pixels, every level's two rows of cells blended to one; then, pixel by pixel,
 //          x's channels copied and every level's blended from two columns of that row
-// Traffic  x read once, the concatenation written once
+// Traffic  x read once, the concatenation written once; without x, the levels' channels alone
 template <class T>
 void forward_channels_last(const UpsampleConcatForward& a, int64_t begin, int64_t end, Accumulator<T>* columns) {
   using A = Accumulator<T>;
@@ -99,8 +99,10 @@ void forward_channels_last(const UpsampleConcatForward& a, int64_t begin, int64_
     for (int64_t w = first; w < last; ++w) {
       const int64_t pixel = row * a.width + w;
       T* const out = static_cast<T*>(a.out) + pixel * a.total_channels;
-      std::memcpy(out + a.x_first_channel, static_cast<const T*>(a.x) + pixel * a.x_channels,
-                  static_cast<size_t>(a.x_channels) * sizeof(T));
+      if (a.x_channels > 0) {
+        std::memcpy(out + a.x_first_channel, static_cast<const T*>(a.x) + pixel * a.x_channels,
+                    static_cast<size_t>(a.x_channels) * sizeof(T));
+      }
       const A* level_columns = columns;
       for (int64_t k = 0; k < a.level_count; ++k) {
         const UpsampleLevel& level = a.levels[k];
