@@ -11,7 +11,7 @@ export MAX_JOBS ?= $(shell nproc)
 # Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
 TORCH_INDEX ?=
 
-.PHONY: demo test emulation bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
+.PHONY: demo test emulation memory-check bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
@@ -22,6 +22,14 @@ test: $(VENV)/.built emulation
 # The CUDA kernels for the CPU, thread by thread: where there is no GPU, the tests run them so.
 emulation: $(VENV)/.deps
 	$(MAKE) -j$(MAX_JOBS) --no-print-directory -f tests/emulation/Makefile PYTHON=$(BIN)/python
+
+# The same under AddressSanitizer: accesses out of bounds, in tensors and in shared memory.
+ASAN := $(foreach name,libasan libstdc++,$(shell $(CXX) -print-file-name=$(name).so))
+memory-check: $(VENV)/.built
+	$(MAKE) -j$(MAX_JOBS) --no-print-directory -f tests/emulation/Makefile PYTHON=$(BIN)/python SANITIZE=address OUT=build/asan
+	PSPNET_FAST_CUDA_EMULATION=$(CURDIR)/build/asan/pspnet_fast_emulated.so LD_PRELOAD="$(ASAN)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	$(BIN)/python -m pytest -q tests/test_emulation.py tests/ops -k "cuda or emulation"
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
