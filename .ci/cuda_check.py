@@ -78,7 +78,8 @@ def main() -> None:
         "print(f'loads, with {len(names)} ops for', native.cuda_architectures()); sys.exit(bool(missing))"
     )
     loaded = subprocess.run([sys.executable, "-P", "-c", code, library], check=False, text=True, capture_output=True)
-    print(f"\n{len(table)} compiled, {len(spilling)} spill or keep a stack; {library.relative_to(ROOT)}: {loaded.stdout.strip()}")
+    print(f"\n{len(table)} compiled, {len(spilling)} spill or keep a stack")
+    print(f"{library.relative_to(ROOT)}: {loaded.stdout.strip()}")
     if loaded.returncode:
         sys.exit(f"{loaded.stderr}\ncuda-check: the library does not load, or lacks CUDA code")
     sys.exit(bool(spilling))

@@ -45,7 +45,9 @@ def main() -> None:
         exported = {name for library in LIBRARIES for name in symbols(["-D", "--defined-only"], folder / library)}
     if missing := sorted(imported - exported):
         sys.exit(f"{wheel.name} has not: {', '.join(missing)}")
-    print(f"{len(objects)} files compile against {wheel.name}, which has all {len(imported)} functions that they import")
+    print(
+        f"{len(objects)} files compile against {wheel.name}, which has all {len(imported)} functions that they import"
+    )
 
 
 if __name__ == "__main__":

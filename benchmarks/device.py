@@ -284,7 +284,7 @@ def measure(case: Case, compiled: bool) -> Iterator[dict[str, Any]]:
         if best:
             row["GB/s"] = case.moved / best / 1e3
             row["of copy"] = row["GB/s"] / row["copy GB/s"]
-        print("   ", " ".join(f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+        print("   ", *(f"{key}={value:.4g}" if isinstance(value, float) else value for key, value in row.items()))
         yield row
 
 
@@ -302,10 +302,10 @@ def machine() -> str:
 def run(section: str, output: Path) -> int:
     """Measure and write JSON after every row. The number of our rows that failed."""
     make, compiled = {"ops": (op_cases, False), "ppm": (ppm_cases, True)}[section]
-    names = {"ops": ("ade20k_473", "ade20k_473_batch"), "ppm": ("ade20k_473", "ade20k_473_batch", "cityscapes_512x1024")}
+    names = ("ade20k_473", "ade20k_473_batch", *(["cityscapes_512x1024"] if section == "ppm" else []))
     rows: list[dict[str, Any]] = []
     print(machine())
-    for name in names[section]:
+    for name in names:
         for memory_format in FORMATS:
             for case in make(name, WORKLOADS[name], memory_format):
                 for row in measure(case, compiled):
@@ -325,7 +325,15 @@ def report(folder: Path) -> None:
             continue
         content = json.loads(path.read_text())
         lines += [f"## {section}", "", f"`benchmarks/device.sh {section}`, bfloat16. {content['machine']}", ""]
-        keys = ["work", "workload", "format", "provider", "cold us", "warm us", "graph us", "GB/s", "of copy", "peak MB"]
+        keys = [
+            *"work workload format provider".split(),
+            "cold us",
+            "warm us",
+            "graph us",
+            "GB/s",
+            "of copy",
+            "peak MB",
+        ]
         lines += ["| " + " | ".join([*keys, "times eager"]) + " |", "|" + "---|" * (len(keys) + 1)]
         eager: dict[tuple[str, str, str], float] = {}
         for row in content["rows"]:

@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels are interpreted and CUDA kernels emulated: that must be said before either is loaded."""
+"""Where there is no GPU, Triton kernels are interpreted and CUDA kernels emulated: said before either is loaded."""
 
 import os
 from pathlib import Path

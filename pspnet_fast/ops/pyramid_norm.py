@@ -298,11 +298,11 @@ def _training(
     if y.shape[0] == 0:
         mean, invstd = y.new_zeros(2, len(bins), y.shape[2], dtype=wide)
         return y.new_empty(y.shape), mean, invstd.clone()
-    running = [_as(wide, running_mean), _as(wide, running_var)]
+    lists = [_as(wide, tensors) for tensors in (weight, bias, running_mean, running_var)]
     results: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = run(
-        "pyramid_norm", "training", y.contiguous(), bins, _as(wide, weight), _as(wide, bias), *running, momentum, eps, relu
+        "pyramid_norm", "training", y.contiguous(), bins, *lists, momentum, eps, relu
     )
-    for kept, updated in zip([*running_mean, *running_var], [*running[0], *running[1]], strict=True):
+    for kept, updated in zip([*running_mean, *running_var], [*lists[2], *lists[3]], strict=True):
         if updated is not kept:  # of another dtype, or strided
             kept.copy_(updated)
     return results
