@@ -33,6 +33,7 @@ from pspnet_fast.functional import pyramid_norm, pyramid_pool, pyramid_project, 
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 OURS = ("triton", "cuda")
+KIND = ("work", "workload", "format")  # rows that agree in these are compared
 CALLS = 40  # of each kind that are timed
 
 
@@ -251,7 +252,7 @@ def measure(case: Case, compiled: bool) -> Iterator[dict[str, Any]]:
     rate = copy_rate(case.moved)
     sets = sets_of(case)
     for name, backend, function in providers(case, compiled):
-        row: dict[str, Any] = {"work": case.work, "workload": case.workload, "format": case.memory_format}
+        row: dict[str, Any] = dict(zip(KIND, (case.work, case.workload, case.memory_format), strict=True))
         row |= {"provider": name, "copy GB/s": rate / 1e9}
         started = time.perf_counter()
         try:
@@ -335,9 +336,9 @@ def report(folder: Path) -> None:
             "peak MB",
         ]
         lines += ["| " + " | ".join([*keys, "times eager"]) + " |", "|" + "---|" * (len(keys) + 1)]
-        eager: dict[tuple[str, str, str], float] = {}
+        eager: dict[tuple[str, ...], float] = {}
         for row in content["rows"]:
-            kind = row["work"], row["workload"], row["format"]
+            kind = tuple(row[key] for key in KIND)
             if "error" in row:
                 lines.append("| " + " | ".join([*kind, row["provider"], row["error"]]) + " |")
                 continue
