@@ -326,15 +326,7 @@ def report(folder: Path) -> None:
             continue
         content = json.loads(path.read_text())
         lines += [f"## {section}", "", f"`benchmarks/device.sh {section}`, bfloat16. {content['machine']}", ""]
-        keys = [
-            *"work workload format provider".split(),
-            "cold us",
-            "warm us",
-            "graph us",
-            "GB/s",
-            "of copy",
-            "peak MB",
-        ]
+        keys = [*KIND, "provider", "cold us", "warm us", "graph us", "GB/s", "of copy", "peak MB"]
         lines += ["| " + " | ".join([*keys, "times eager"]) + " |", "|" + "---|" * (len(keys) + 1)]
         eager: dict[tuple[str, ...], float] = {}
         for row in content["rows"]:
