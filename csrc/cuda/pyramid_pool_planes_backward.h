@@ -139,25 +139,26 @@ __global__ void __launch_bounds__(kAddThreads)
         continue;
       }
       // Neighbouring threads read V elements apart, with the gaps V + 1: from different banks.
-      int row = a.by_width.quotient(max(element, 0)), w = max(element, 0) - row * a.width;
-      const float* share = shares + share_row[row] * a.pitch;
-      const auto next = [&] {
-        const float result = share[w + w / V];
-        if (++w == a.width) {
-          w = 0;
-          share = shares + share_row[++row] * a.pitch;  // behind the last row once, without using it
-        }
-        return result;
-      };
-      if (whole(i)) {
+      if (whole(i) && a.width >= V) {
+        const int row = a.by_width.quotient(element);
+        const unsigned start = static_cast<unsigned>(element - row * a.width), width = static_cast<unsigned>(a.width);
+        const float* const here = shares + share_row[row] * a.pitch;
+        const float* const next = shares + share_row[row + 1] * a.pitch;  // behind the last row: not read from
+        Vector<T, V> result;
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
-          value[k].at[e] = round_to<T>(input == nullptr ? next() : to_float(value[k].at[e]) + next());
+        for (unsigned e = 0; e < V; ++e) {
+          const bool wraps = start + e >= width;
+          const unsigned w = start + e - (wraps ? width : 0);
+          const float share = (wraps ? next : here)[w + w / V];
+          result.at[e] = round_to<T>(input == nullptr ? share : to_float(value[k].at[e]) + share);
         }
-        store(out + element, value[k]);
+        store_whole(out + element, result);
       } else {
+#pragma unroll 1
         for (int e = max(element, 0); e < min(element + V, count); ++e) {
-          out[e] = round_to<T>(input == nullptr ? next() : to_float(input[e]) + next());
+          const int row = a.by_width.quotient(e), w = e - row * a.width;
+          const float share = shares[share_row[row] * a.pitch + w + w / V];
+          out[e] = round_to<T>(input == nullptr ? share : to_float(input[e]) + share);
         }
       }
     }

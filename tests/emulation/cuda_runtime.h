@@ -51,6 +51,10 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <class T>
+void __stwb(T* pointer, T value) {
+  *pointer = value;
+}
 
 namespace emulation {
 
