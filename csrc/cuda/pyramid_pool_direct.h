@@ -1,5 +1,5 @@
 // pyramid_pool by its definition, cell by cell and pixel by pixel, in either memory format: for bins and sizes that the
-// tables of pyramid_pool_axes.h do not hold. No torch.
+// tables of pyramid_pool_axes.h do not hold. One thread makes one long sum, and so holds it in double. No torch.
 #pragma once
 
 #include "cuda/device.h"
@@ -34,7 +34,7 @@ __device__ __forceinline__ int64_t take(int64_t& index, int64_t size) {
 // Tile     a thread sums its window, row by row
 // Traffic  x read once a level
 template <class T>
-__global__ void __launch_bounds__(kDirectThreads) pyramid_pool_direct_kernel(const __grid_constant__ PoolDirect a) {
+__global__ void __launch_bounds__(kDirectThreads, 2) pyramid_pool_direct_kernel(const __grid_constant__ PoolDirect a) {
   int64_t index = static_cast<int64_t>(blockIdx.x) * kDirectThreads + threadIdx.x;
   if (index >= a.elements) {
     return;
@@ -52,17 +52,15 @@ __global__ void __launch_bounds__(kDirectThreads) pyramid_pool_direct_kernel(con
   const int64_t top = bin_start(i, a.height, bins), bottom = bin_end(i, a.height, bins);
   const int64_t left = bin_start(j, a.width, bins), right = bin_end(j, a.width, bins);
   const T* const x = static_cast<const T*>(a.from) + index * a.image + c * a.channel;
-  float total = 0;
+  double total = 0;
   for (int64_t h = top; h < bottom; ++h) {
-    float sum = 0;
 #pragma unroll 4
     for (int64_t w = left; w < right; ++w) {
-      sum += to_float(x[h * a.row + w * a.column]);
+      total += to_float(x[h * a.row + w * a.column]);
     }
-    total += sum;
   }
-  const float area = static_cast<float>((bottom - top) * (right - left));
-  static_cast<T*>(a.to)[(index * a.cells + a.first_cell + s) * a.channels + c] = round_to<T>(__fdiv_rn(total, area));
+  const float area = static_cast<float>((bottom - top) * (right - left)), sum = static_cast<float>(total);
+  static_cast<T*>(a.to)[(index * a.cells + a.first_cell + s) * a.channels + c] = round_to<T>(__fdiv_rn(sum, area));
 }
 
 // Grid     256 elements of x's gradient, as they stand in memory
@@ -79,7 +77,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
   int64_t c = a.channels_last ? take(index, a.channels) : 0;
   const int64_t w = take(index, a.width), h = take(index, a.height);
   c = a.channels_last ? c : take(index, a.channels);
-  float total = a.before == nullptr ? 0 : a.before[element];
+  double total = a.before == nullptr ? 0 : a.before[element];
   int64_t cell = index * a.cells + a.first_cell;
   for (int level = 0; level < a.levels; ++level) {
     // The windows that hold a pixel are the pixels that a window holds, with the sizes exchanged.
@@ -95,14 +93,14 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
     cell += bins * bins;
   }
   if (a.after != nullptr) {
-    a.after[element] = total;
+    a.after[element] = static_cast<float>(total);
     return;
   }
   if (a.grad_input != nullptr) {
     const int64_t from = index * a.image + c * a.channel + h * a.row + w * a.column;
     total += to_float(static_cast<const T*>(a.grad_input)[from]);
   }
-  static_cast<T*>(a.to)[element] = round_to<T>(total);
+  static_cast<T*>(a.to)[element] = round_to<T>(static_cast<float>(total));
 }
 
 }  // namespace pspnet_fast::cuda

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pspnet_fast import testing
+from pspnet_fast.backends import emulated
 from pspnet_fast.functional import pyramid_pool
 
 OP = "pyramid_pool"
@@ -81,6 +82,72 @@ def test_returned_input_adds_its_gradient(backend, dtype, memory_format):
     )
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(CASES, OP, interpret=3))
+def test_reserve_copies(backend, case, dtype, memory_format):
+    """The same pyramid to the bit, x to the bit among the reserved channels, and these not written."""
+    size, bins = case
+    x = features(size, dtype, memory_format).to(testing.device(backend))
+    channels = size[1]
+    with testing.use_backend(backend), testing.poisoned_memory(), torch.no_grad():
+        alone = pyramid_pool(x, bins)
+        for before, after in ((0, channels), (8, 0), (3, 2)):
+            pyramid, out = pyramid_pool(x, bins, reserve=(before, after))
+            assert torch.equal(pyramid, alone)
+            assert out.shape == (size[0], before + channels + after, *size[2:])
+            assert out.is_contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else memory_format)
+            assert torch.equal(out[:, before : before + channels], x)
+            assert out[:, :before].isnan().all() and out[:, before + channels :].isnan().all()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reserve", [(0, 16), (3, 5)], ids=str)
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_reserve_adds_its_gradient(backend, reserve, dtype, memory_format):
+    """The gradient of x's channels, in the middle of a wider one, joins the pyramid's."""
+    size, bins = (2, 16, 5, 6), (1, 2, 3)
+    before, after = reserve
+
+    def join(pyramid, x):
+        return torch.cat([pyramid.flatten(1), x.flatten(1)], 1)
+
+    def ours(x):
+        pyramid, out = pyramid_pool(x, bins, reserve=reserve)
+        return join(pyramid, out[:, before : before + 16])
+
+    testing.assert_as_accurate(
+        ours,
+        lambda x: join(testing.plain_pyramid_pool(x, bins), x),
+        [features(size, dtype, memory_format)],
+        backend,
+        torch.randn(2, 14 * 16 + 16 * 5 * 6).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_reserve_alone(backend):
+    x = features((1, 3, 6, 6)).to(testing.device(backend)).requires_grad_()
+    with testing.use_backend(backend):
+        pyramid, out = pyramid_pool(x, (1, 2), reserve=(1, 2))
+        (copied,) = torch.autograd.grad(out[:, 1:4].sum(), x, retain_graph=True)
+        (pooled,) = torch.autograd.grad(pyramid.sum(), x)
+    assert torch.equal(copied, torch.ones_like(x))
+    assert torch.allclose(pooled.sum(), torch.tensor(15.0, device=x.device))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize(("channels", "first_channel"), [(5, 3), (2, 0), (3, -1)])
+def test_concat_checks_its_channels(backend, channels, first_channel):
+    """What the public function cannot ask for: x's channels outside the result's."""
+    if reason := testing.unavailable(OP, backend):
+        pytest.skip(reason)
+    x = features((1, 3, 4, 4)).to(testing.device(backend))
+    with testing.use_backend(backend), pytest.raises(RuntimeError, match="pyramid_pool_concat: channels .* must lie"):
+        torch.ops.pspnet_fast.pyramid_pool_concat(x, [1, 2], channels, first_channel)
+
+
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_returned_input_alone(backend):
     x = features((1, 3, 6, 6)).to(testing.device(backend)).requires_grad_()
@@ -100,6 +167,7 @@ def test_no_images(backend, memory_format):
         pyramid = pyramid_pool(x)
         assert pyramid.shape == (0, 50, 3)
         assert torch.autograd.grad(pyramid.sum(), x)[0].shape == x.shape
+        assert [t.shape for t in pyramid_pool(x, reserve=(1, 1))] == [(0, 50, 3), (0, 5, 6, 6)]
 
 
 @pytest.mark.parametrize("backend", testing.backends(OP))
@@ -117,6 +185,104 @@ def test_any_strides(backend):
             (dx,) = torch.autograd.grad(pyramid.sum(), x)
         testing.assert_within(pyramid, plain, truth)
         testing.assert_within(dx, plain_dx, truth_dx)
+
+
+# Sizes and bins at the edges of what a kernel holds in its tables or in shared memory.
+LARGE = [
+    ((1, 2, 200, 150), (40, 70, 100)),  # more segments than a table holds
+    ((2, 3, 5, 9), (*range(1, 7), 1, 2, 1, 3, 1, 1, 1, 2, 1, 1, 1)),  # more levels
+    ((1, 1, 20, 13), (130,)),  # more windows
+    ((2, 3, 97, 90), (1, 2, 3, 6)),  # a plane larger than a stage in float32, larger than a block's pixels
+    ((1, 2, 130, 127), (1, 2, 3, 6)),  # in 16 bits as well; bands end within segments
+    ((1, 2, 2, 9000), (1, 2)),  # a row larger than a stage
+    ((1, 2, 66000, 1), (1, 3)),  # more rows than 16 bits count
+    ((1, 70, 3, 2), (1, 2)),  # more planes than are pooled at once
+]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(LARGE, OP, interpret=0))
+def test_any_bins_and_sizes(backend, case, dtype, memory_format):
+    size, bins = case
+    testing.assert_as_accurate(
+        lambda x: pyramid_pool(x, bins),
+        lambda x: testing.plain_pyramid_pool(x, bins),
+        [features(size, dtype, memory_format)],
+        backend,
+        packed(size, bins, dtype),
+    )
+    x = features(size, dtype, memory_format).to(testing.device(backend))
+    with testing.use_backend(backend), testing.poisoned_memory(), torch.no_grad():
+        pyramid, out = pyramid_pool(x, bins, reserve=(1, 2))
+        assert torch.equal(pyramid, pyramid_pool(x, bins))
+    assert torch.equal(out[:, 1:-2], x)
+    assert out[:, :1].isnan().all() and out[:, -2:].isnan().all()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_many_levels(backend, memory_format):
+    """More than the CUDA kernels take in one launch; of integers that any order sums exactly."""
+    bins = (1, 2) * 33
+    x = torch.randint(-9, 9, (1, 2, 4, 3)).mul(12).float().contiguous(memory_format=memory_format).requires_grad_()
+    grad = torch.randint(-9, 9, (1, 165, 2)).mul(12).float()
+    plain = testing.plain_pyramid_pool(x, bins)
+    leaf = x.detach().to(testing.device(backend)).requires_grad_()
+    with testing.use_backend(backend):
+        pyramid = pyramid_pool(leaf, bins)
+        (dx,) = torch.autograd.grad(pyramid, leaf, grad.to(leaf.device))
+    assert torch.equal(pyramid.cpu(), plain)
+    assert torch.equal(dx.cpu(), torch.autograd.grad(plain, x, grad)[0])
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_any_alignment(backend, dtype, memory_format):
+    """Planes of an odd size, pixels of an odd number of channels, and storage that starts anywhere."""
+    bins = (1, 2, 3)
+    for channels, offset in ((3, 1), (3, 8), (8, 3)) if backend != "triton" else ((3, 1),):
+        size = (2, channels, 13, 11)
+        base = torch.randn(2 * channels * 13 * 11 + offset).to(dtype).to(testing.device(backend))[offset:]
+        x = base.view(2, 13, 11, channels).movedim(3, 1) if memory_format == torch.channels_last else base.view(size)
+        plain, exact = (testing.plain_pyramid_pool(t, bins) for t in (x, x.double()))
+        with testing.use_backend(backend), testing.poisoned_memory(), torch.no_grad():
+            for before in (0, 1):
+                pyramid, out = pyramid_pool(x, bins, reserve=(before, 8))
+                assert torch.equal(out[:, before : before + channels], x)
+                assert out[:, :before].isnan().all() and out[:, before + channels :].isnan().all()
+                testing.assert_within(pyramid, plain, exact)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_kernels_agree_in_any_order(dtype, memory_format):
+    """Bulk copies or not, whichever block and thread comes first: the same bits."""
+    if not emulated():
+        pytest.skip("the CUDA kernels are not emulated: only there can the order be chosen")
+    if reason := testing.unavailable(OP, "cuda"):
+        pytest.skip(reason)
+    emulation, results = torch.ops.pspnet_fast_emulated, []
+    sizes = [((2, 9, 13, 20), (1, 2, 3, 6)), ((1, 2, 97, 90), (1, 2, 3, 6))]
+    tensors = [(features(size, dtype, memory_format), bins, packed(size, bins, dtype)) for size, bins in sizes]
+    try:
+        for capability, order in ((90, 0), (90, 1), (80, 2), (80, 0)):
+            emulation.set_capability(capability)
+            emulation.set_order(order)
+            results.append([])
+            for x, bins, grad in tensors:
+                leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+                with testing.use_backend("cuda"):
+                    pyramid, out = pyramid_pool(leaf, bins, reserve=(1, 3))
+                    copy = out[:, 1:-3]
+                    (dx,) = torch.autograd.grad([pyramid, copy], leaf, [grad, x.flip(2).contiguous()])
+                results[-1] += [pyramid.detach(), copy.detach(), dx]
+    finally:
+        emulation.set_capability(90)
+        emulation.set_order(0)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
@@ -157,16 +323,24 @@ def test_repeats_bitwise(backend, memory_format):
     assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
 
+def join_reserved(pyramid, out):
+    return pyramid, out[:, 2:-1]
+
+
 def test_gradcheck():
     x = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: pyramid_pool(x, (1, 2, 3)), x)
     assert torch.autograd.gradcheck(lambda x: pyramid_pool(x, (1, 2, 3), return_input=True), x)
+    assert torch.autograd.gradcheck(lambda x: join_reserved(*pyramid_pool(x, (1, 2, 3), reserve=(2, 1))), x)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 def test_opcheck(memory_format):
     x = features((2, 3, 7, 6), memory_format=memory_format).requires_grad_()
     torch.library.opcheck(torch.ops.pspnet_fast.pyramid_pool.default, (x, [1, 2, 3]))
+    with testing.poisoned_memory():
+        concat = (x.detach(), [1, 2, 3], 3, 0)  # no channel that nobody writes: opcheck compares results
+        torch.library.opcheck(torch.ops.pspnet_fast.pyramid_pool_concat.default, concat)
     grad = packed(x.shape, (1, 2, 3))
     channels_last = memory_format == torch.channels_last
     torch.library.opcheck(
@@ -191,3 +365,11 @@ def test_opcheck(memory_format):
 def test_bad_input(x, bins, error, words):
     with pytest.raises(error, match=f"^pyramid_pool: .*{words}"):
         pyramid_pool(x, bins)
+
+
+@pytest.mark.parametrize(
+    ("reserve", "return_input"), [((-1, 2), False), ((0, -3), False), ((1, 1), True)], ids=["before", "after", "both"]
+)
+def test_bad_reserve(reserve, return_input):
+    with pytest.raises(ValueError, match="^pyramid_pool: reserve must be two numbers of channels, without return_input"):
+        pyramid_pool(torch.zeros(1, 3, 4, 4), (1,), reserve=reserve, return_input=return_input)
