@@ -1,16 +1,15 @@
 // pyramid_project: dispatch, registration, and the scalar kernels.
 
-#include "cpu/pyramid_project.h"
+#include "../pyramid_project.h"  // "pyramid_project.h" would be this folder's
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/dispatch.h"
+#include "cpu/pyramid_project.h"
 #include "cpu/pyramid_project_kernels.h"
-#include "geometry.h"
 #include "library.h"
 
 namespace pspnet_fast {
@@ -36,49 +35,24 @@ int64_t accumulator_size(Dtype dtype) {
 class Operands {
  public:
   Operands(const char* op, const Tensor& pyramid, const std::vector<Tensor>& weight, const std::vector<int64_t>& bins)
-      : bins_(bins) {
-    check(pyramid.dim() == 3, op, "pyramid must be 3-D (N, S, C), got ", pyramid.dim(), " dimensions");
-    check_dtype(op, "pyramid", pyramid);
-    check_contiguous(op, "pyramid", pyramid);
-    check_bins(op, bins);
-    const auto levels = static_cast<int64_t>(bins.size());
-    const int64_t n = pyramid.size(0), c = pyramid.size(2), cells = level_start(bins.data(), levels);
-    check_size(op, "pyramid", pyramid, {n, cells, c});
-    check(weight.size() == bins.size(), op, "weight must have one tensor for each of ", levels, " bins, got ",
-          weight.size());
-    check(weight[0].dim() == 2, op, "weight must be 2-D (R, C), got ", weight[0].dim(), " dimensions");
-    const int64_t r = weight[0].size(0);
-    check(c > 0 && r > 0, op, "weight must have rows and columns, got ", r, " x ", c);
+      : sizes_(check_pyramid_project(op, pyramid, weight, bins)), bins_(bins) {
     for (const Tensor& w : weight) {
-      check_like(op, "weight", w, pyramid);
-      check_size(op, "weight", w, {r, c});
-      check_contiguous(op, "weight", w);
       weight_.push_back(w.const_data_ptr());
     }
-    shared_ = {dtype_of(pyramid), n, c, r, bins_.data(), levels, cells, pyramid.const_data_ptr(), weight_.data()};
+    shared_ = {dtype_of(pyramid), sizes_.images, sizes_.channels,          sizes_.reduced, bins_.data(),
+               sizes_.levels,     sizes_.cells,  pyramid.const_data_ptr(), weight_.data()};
   }
   Operands(const Operands&) = delete;
 
+  const PyramidProjectSizes& sizes() const { return sizes_; }
   const PyramidProject& shared() const { return shared_; }
 
  private:
+  PyramidProjectSizes sizes_;
   std::vector<int64_t> bins_;
   std::vector<const void*> weight_;
   PyramidProject shared_;
 };
-
-const void* per_channel(const char* op, const char* name, const std::optional<Tensor>& values,
-                        const PyramidProject& a) {
-  if (!values) {
-    return nullptr;
-  }
-  const ScalarType dtype = a.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  check(values->scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype), ", got ",
-        torch::headeronly::toString(values->scalar_type()));
-  check_size(op, name, *values, {a.level_count, a.reduced});
-  check_contiguous(op, name, *values);
-  return values->const_data_ptr();
-}
 
 Tensor pyramid_project_forward_cpu(const Tensor& pyramid, const std::vector<Tensor>& weight,
                                    const std::vector<int64_t>& bins, const std::optional<Tensor>& scale,
@@ -87,8 +61,8 @@ Tensor pyramid_project_forward_cpu(const Tensor& pyramid, const std::vector<Tens
   const Operands operands(op, pyramid, weight, bins);
   const PyramidProject& shared = operands.shared();
   Tensor out = new_output(pyramid, {shared.images, shared.cells, shared.reduced});
-  const void* const scales = per_channel(op, "scale", scale, shared);
-  const void* const shifts = per_channel(op, "shift", shift, shared);
+  const void* const scales = check_per_channel(op, "scale", scale, pyramid, operands.sizes());
+  const void* const shifts = check_per_channel(op, "shift", shift, pyramid, operands.sizes());
   if (out.numel() == 0) {
     return out;
   }
@@ -111,9 +85,7 @@ std::tuple<Tensor, Tensor> pyramid_project_backward_cpu(const Tensor& grad, cons
   constexpr const char* op = "pyramid_project_backward";
   const Operands operands(op, pyramid, weight, bins);
   const PyramidProject& shared = operands.shared();
-  check_like(op, "grad", grad, pyramid);
-  check_size(op, "grad", grad, {shared.images, shared.cells, shared.reduced});
-  check_contiguous(op, "grad", grad);
+  check_projected(op, "grad", grad, pyramid, operands.sizes());
   Tensor d_pyramid = new_output(pyramid, {shared.images, shared.cells, shared.channels});
   Tensor d_weight = new_output(pyramid, {shared.level_count, shared.reduced, shared.channels});
   if (shared.images == 0) {

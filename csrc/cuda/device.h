@@ -188,6 +188,24 @@ __device__ __forceinline__ void bulk_store_wait() {
 #endif
 }
 
+// Four matrices of 8x8 elements of 16 bits out of shared memory, as multiply_add takes its fragments (PTX ISA, ldmatrix).
+// Lane l gives the address of row l % 8 of matrix l / 8: 16 bytes, so aligned. With g and t as below, to[i] becomes elements
+// (g, 2t..2t+1) of matrix i, transposed (2t..2t+1, g).
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
 // d += a b by the warp's tensor cores, a (16, 16), b (16, 8), d (16, 8) (PTX ISA, mma.m16n8k16). With g = lane / 4 and
 // t = lane % 4, this thread holds
 //   a[0]: a(g, 2t..2t+1)   a[1]: a(g + 8, 2t..)   a[2]: a(g, 2t + 8..)   a[3]: a(g + 8, 2t + 8..)

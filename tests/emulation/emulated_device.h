@@ -8,6 +8,7 @@
 namespace emulation {
 
 void* shared_memory();
+void check_alignment(const void* pointer, size_t bytes);
 void copy_async(void* to, const void* from);
 void copy_async_commit();
 void copy_async_wait(int open_groups);
@@ -65,6 +66,22 @@ void bulk_store_wait_read() {
 template <int N>
 void bulk_store_wait() {
   emulation::bulk_store_wait(N);
+}
+
+// Every lane shows the others the row it has the address of, and takes its two elements of each matrix from them.
+template <bool kTransposed>
+void load_matrices(uint32_t (&to)[4], const void* row) {
+  emulation::check_alignment(row, 16);
+  const void* const* rows = emulation::meet(row);
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto element = [&](int i, int j) {
+      return uint32_t{static_cast<const uint16_t*>(rows[8 * matrix + i])[j]};
+    };
+    to[matrix] = kTransposed ? element(2 * pair, group) | element(2 * pair + 1, group) << 16
+                             : element(group, 2 * pair) | element(group, 2 * pair + 1) << 16;
+  }
+  emulation::part();
 }
 
 // Every lane shows the others its fragments, and works its four sums out of theirs.

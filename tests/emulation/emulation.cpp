@@ -285,6 +285,12 @@ void* shared_memory() {
   return shared.get();
 }
 
+void check_alignment(const void* pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
+    fail("an access that is not aligned to " + std::to_string(bytes) + " bytes");
+  }
+}
+
 void copy_async(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail("an asynchronous copy that is not aligned to 16 bytes");
