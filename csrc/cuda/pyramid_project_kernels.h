@@ -88,7 +88,7 @@ struct Backward {
 // Traffic: the weights once for every kSide rows of their level (through L2 after the first), N*S*C for every block of R;
 // N*S*R written, or with splits as many in float32.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pyramid_project_forward_kernel(const __grid_constant__ Forward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident) pyramid_project_forward_kernel(const __grid_constant__ Forward<T> a) {
   int tile = static_cast<int>(blockIdx.x);
   const Level<T>& level = level_of<kSide>(a.levels, tile);
   const int channels = static_cast<int>(a.levels.channels), reduced = static_cast<int>(a.levels.reduced);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kSumThreads)
 // Traffic: the weights as in the forward, N*S*R for every block of C, N*S*C written; N*S*C for every block of R, N*S*R for
 // every block of C (through L2, both), levels*R*C written.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pyramid_project_backward_kernel(const __grid_constant__ Backward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident) pyramid_project_backward_kernel(const __grid_constant__ Backward<T> a) {
   const int channels = static_cast<int>(a.levels.channels), reduced = static_cast<int>(a.levels.reduced);
   const int pyramid_blocks = a.row_tiles * a.c_blocks;
   int block = static_cast<int>(blockIdx.x);

@@ -33,6 +33,7 @@ constexpr int kTileBytes = kSide * (128 + kAccessBytes);  // the largest shape's
 constexpr int kSumsStride = kSide + 4;                    // of the finished sums, as float32 in the ring's place
 constexpr int kSharedBytes = kStages * 2 * kTileBytes;
 static_assert(kSide * kSumsStride * sizeof(float) <= kSharedBytes);
+constexpr int kResident = 3;  // blocks in the shared memory of a multiprocessor of compute capability 9.0
 
 // The rows of a dense matrix, and of one level of a packed pyramid (N, S, ...), where they lie apart in the batch: by their
 // number, null outside.
@@ -63,28 +64,13 @@ struct LevelRows {
   }
 };
 
-// 16 bytes of a row from `column` on, zero beyond its `columns`. Where rows are not aligned, element by element.
-template <class T>
-__device__ __forceinline__ void copy_vector(T* to, const T* row, int column, int columns, bool aligned) {
-  if (aligned && row != nullptr && column < columns) {
-    copy_async(to, row + column);
-    return;
-  }
-  Vector<T, kVector<T>> value;
-#pragma unroll
-  for (int e = 0; e < kVector<T>; ++e) {
-    value.at[e] = row != nullptr && column + e < columns ? row[column + e] : round_to<T>(0);
-  }
-  store(to, value);
-}
-
-// a or b of a product: this thread's vectors of the tile, which are kThreads apart.
+// a or b of a product: this thread's vectors of a tile, which are kThreads apart.
 template <class T, bool kAlong, class Rows>
 class Operand {
  public:
   using Tile = Shape<T, kAlong>;
 
-  // The block's rows of the product begin at `first`; the matrix has so many columns.
+  // The block's rows of the product begin at `first`; the matrix has so many columns, and aligned rows or not.
   __device__ __forceinline__ Operand(const Rows& rows, int first, int columns, bool aligned)
       : rows_(rows), first_(first), columns_(columns), aligned_(aligned) {
     if constexpr (kAlong) {
@@ -96,25 +82,38 @@ class Operand {
   }
 
   __device__ __forceinline__ void fill(T* tile, int depth) const {
-    const int column = static_cast<int>(threadIdx.x) % kInRow * kVector<T>;
+    const int in_row = static_cast<int>(threadIdx.x) % kInRow * kVector<T>;
+    const int first_row = kAlong ? first_ : depth, column = (kAlong ? depth : first_) + in_row;
+    T* const to = tile + row_of(0) * Tile::kStride + in_row;
+    if (aligned_) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      T* const to = tile + row_of(i) * Tile::kStride + column;
-      if constexpr (kAlong) {
-        copy_vector(to, row_[i], depth + column, columns_, aligned_);
-      } else {
-        copy_vector(to, rows_(depth + row_of(i)), first_ + column, columns_, aligned_);
+      for (int i = 0; i < kPerThread; ++i) {
+        const T* const row = kAlong ? row_[i] : rows_(first_row + row_of(i));
+        const bool inside = row != nullptr && column < columns_;
+        copy_async_or_zero(to + i * kRowsApart * Tile::kStride, inside ? row + column : nullptr, inside);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPerThread; ++i) {
+        const T* const row = rows_(first_row + row_of(i));
+        Vector<T, kVector<T>> value;
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) {
+          value.at[e] = row != nullptr && column + e < columns_ ? row[column + e] : round_to<T>(0);
+        }
+        store(to + i * kRowsApart * Tile::kStride, value);
       }
     }
   }
 
  private:
   static constexpr int kInRow = Tile::kColumns / kVector<T>;
-  static constexpr int kPerThread = Tile::kRows * kInRow / kThreads;
-  static_assert(kThreads % kInRow == 0 && Tile::kRows * kInRow % kThreads == 0);
+  static constexpr int kRowsApart = kThreads / kInRow;
+  static constexpr int kPerThread = Tile::kRows / kRowsApart;
+  static_assert(kThreads % kInRow == 0 && Tile::kRows % kRowsApart == 0);
 
   static __device__ __forceinline__ int row_of(int i) {
-    return static_cast<int>(threadIdx.x) / kInRow + i * (kThreads / kInRow);
+    return static_cast<int>(threadIdx.x) / kInRow + i * kRowsApart;
   }
 
   Rows rows_;
@@ -142,22 +141,10 @@ class TensorSums {
 
   // Columns from `columns` on are not needed; they are left out by 16.
   __device__ __forceinline__ void add(const T* a, const T* b, int columns) {
-    Fragments step[2];
-    read(step[0], a, b, 0);
-#pragma unroll
-    for (int k = 0; k < kDepth<T>; k += 16) {
-      if (k + 16 < kDepth<T>) {
-        read(step[(k / 16 + 1) % 2], a, b, k + 16);
-      }
-      const Fragments& now = step[k / 16 % 2];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (first_n() + 16 * (j / 2) < columns) {
-          const uint32_t b_fragment[2] = {now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]};
-          multiply_add<T>(d_[0][j], now.a[0], b_fragment);
-          multiply_add<T>(d_[1][j], now.a[1], b_fragment);
-        }
-      }
+    if (first_n() + 16 < columns) {
+      add<2>(a, b);
+    } else if (first_n() < columns) {
+      add<1>(a, b);
     }
   }
 
@@ -177,24 +164,49 @@ class TensorSums {
     uint32_t a[2][4], b[2][4];  // b: of 8 columns in two registers, of 16 in four
   };
 
+  // The first kPairs times 16 of the warp's columns.
+  template <int kPairs>
+  __device__ __forceinline__ void add(const T* a, const T* b) {
+    Fragments step[2];
+    read<kPairs>(step[0], a, b, 0);
+#pragma unroll
+    for (int k = 0; k < kDepth<T>; k += 16) {
+      if (k + 16 < kDepth<T>) {
+        read<kPairs>(step[(k / 16 + 1) % 2], a, b, k + 16);
+      }
+      const Fragments& now = step[k / 16 % 2];
+#pragma unroll
+      for (int j = 0; j < 2 * kPairs; ++j) {
+        const uint32_t b_fragment[2] = {now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]};
+        multiply_add<T>(d_[0][j], now.a[0], b_fragment);
+        multiply_add<T>(d_[1][j], now.a[1], b_fragment);
+      }
+    }
+  }
+
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
   static __device__ __forceinline__ int first_m() { return static_cast<int>(threadIdx.x) / kWarp % 2 * 32; }
   static __device__ __forceinline__ int first_n() { return static_cast<int>(threadIdx.x) / kWarp / 2 * 32; }
 
   // Four 8 x 8 matrices, 2 along the side and 2 along the depth; `side` and `depth` choose this lane's of them.
   template <bool kAlong>
-  static __device__ __forceinline__ void read(uint32_t (&to)[4], const T* tile, int first, int k, int side, int depth) {
+  static __device__ __forceinline__ void read_four(uint32_t (&to)[4], const T* tile, int first, int k, int side,
+                                                   int depth) {
     const int row = lane() % 8, s = first + 8 * side, d = k + 8 * depth;
     constexpr int kStride = Shape<T, kAlong>::kStride;
     load_matrices<!kAlong>(to, tile + (kAlong ? (s + row) * kStride + d : (d + row) * kStride + s));
   }
 
+  template <int kPairs>
   static __device__ __forceinline__ void read(Fragments& to, const T* a, const T* b, int k) {
     const int low = lane() / 8 % 2, high = lane() / 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      read<kAlongA>(to.a[i], a, first_m() + 16 * i, k, low, high);
-      read<kAlongB>(to.b[i], b, first_n() + 16 * i, k, high, low);
+      read_four<kAlongA>(to.a[i], a, first_m() + 16 * i, k, low, high);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      read_four<kAlongB>(to.b[i], b, first_n() + 16 * i, k, high, low);
     }
   }
 

@@ -33,6 +33,10 @@ T* shared_memory() {
 inline void copy_async(void* to_shared, const void* from_global) {
   emulation::copy_async(to_shared, from_global);
 }
+inline void copy_async_or_zero(void* to_shared, const void* from_global, bool copies) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  emulation::copy_async(to_shared, copies ? from_global : zeros);
+}
 inline void copy_async_commit() {
   emulation::copy_async_commit();
 }
