@@ -23,10 +23,12 @@ using namespace project;
 // About two blocks for each multiprocessor of the largest GPUs; a constant, so that every GPU gives the same bits.
 constexpr int64_t kBlocks = 256, kMostSplits = 16;
 
+// Numbers of rows and of columns are 32-bit in the kernels, to the end of a tile that goes beyond.
 void check_counts(const char* op, const PyramidProjectSizes& sizes) {
-  constexpr int64_t kMost = int64_t{1} << 31;
-  check(sizes.images * sizes.cells < kMost, op, "pyramid must have fewer than 2^31 cells for the cuda backend, got ",
-        sizes.images, " x ", sizes.cells);
+  constexpr int64_t kMost = (int64_t{1} << 31) - 2 * kSide;
+  check(sizes.images * sizes.cells <= kMost && sizes.channels <= kMost && sizes.reduced <= 65535 * kSide, op,
+        "pyramid is too large for the cuda backend, with N, S, C, R = ", sizes.images, ", ", sizes.cells, ", ",
+        sizes.channels, ", ", sizes.reduced);
 }
 
 int64_t row_tiles(int64_t images, const std::vector<int64_t>& bins) {

@@ -87,6 +87,7 @@ struct Backward {
 // Tile: kSide r x kSide rows of sums; the split's channels walked by kDepth.
 // Traffic: the weights once for every kSide rows of their level (through L2 after the first), N*S*C for every block of R;
 // N*S*R written, or with splits as many in float32.
+// Registers: 16 bits 114 (sm_80), 110 (sm_90); float32 162, 167; no spills.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident) pyramid_project_forward_kernel(const __grid_constant__ Forward<T> a) {
   int tile = static_cast<int>(blockIdx.x);
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, kResident) pyramid_project_forward_k
 // Grid: (rows of all levels, blocks of R).
 // Tile: N reduced channels a thread; their parts are added first to last.
 // Traffic: splits*N*S*R read in float32, N*S*R written.
+// Registers: 32 (sm_80), 38 (sm_90), no spills.
 template <class T, int N>
 __global__ void __launch_bounds__(kSumThreads)
     pyramid_project_sum_kernel(const __grid_constant__ Forward<T> a, int splits) {
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(kSumThreads)
 // Tile: kSide c x kSide rows of sums, R walked by kDepth; kSide c x kSide r, the level's rows walked by kDepth.
 // Traffic: the weights as in the forward, N*S*R for every block of C, N*S*C written; N*S*C for every block of R, N*S*R for
 // every block of C (through L2, both), levels*R*C written.
+// Registers: 16 bits 112 (sm_80), 110 (sm_90); float32 166, 148; no spills.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident) pyramid_project_backward_kernel(const __grid_constant__ Backward<T> a) {
   const int channels = static_cast<int>(a.levels.channels), reduced = static_cast<int>(a.levels.reduced);

@@ -305,18 +305,15 @@ __device__ __forceinline__ const float* multiply(const Operand<T, kAlongA, RowsA
     }
     copy_async_commit();
   };
-  for (int tile = 0; tile < kStages - 1; ++tile) {
+  for (int tile = 0; tile < kStages; ++tile) {
     fill(tile);
   }
   Sums<T, kAlongA, kAlongB> sums;
   for (int tile = 0; tile < tiles; ++tile) {
-    if (tile == 0) {
-      fill(kStages - 1);
-    }
     copy_async_wait<kStages - 2>();
     __syncthreads();
     if (tile > 0) {
-      fill(tile + kStages - 1);
+      fill(tile - 1 + kStages);
     }
     sums.add(stage(tile), stage(tile) + kSecond, columns);
   }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pspnet_fast import testing
+from pspnet_fast import backends, testing
 from pspnet_fast.functional import pyramid_project
 
 OP = "pyramid_project"
@@ -51,6 +51,70 @@ def test_accuracy(backend, case, dtype, epilogue):
     )
 
 
+TILE_CASES = [  # N, C, R, bins
+    (3, 300, 150, (1, 5)),  # several tiles of everything, the last ones ragged; channels split
+    (3, 256, 128, (5, 1)),  # the same, aligned
+    (1, 72, 328, (1, 2)),  # a long sum for the pyramid's gradient
+    (13, 40, 24, (5,)),  # and for the weight's
+    (2, 24, 8, (1,) * 19 + (2,)),  # more levels than one launch of CUDA takes
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(TILE_CASES, OP, interpret=0))
+def test_several_tiles(backend, case, dtype):
+    n, channels, reduced, bins = case
+    pyramid, weights = inputs(n, channels, reduced, bins, dtype)
+    testing.assert_as_accurate(
+        lambda p, *w: pyramid_project(p, w, bins, relu=False),
+        lambda p, *w: testing.plain_pyramid_project(p, *w, bins=bins, relu=False),
+        [pyramid, *weights],
+        backend,
+        cotangent_of(pyramid, reduced),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [b for b in testing.backends(OP) if b.values[0] != "triton"])
+def test_more_blocks_than_need_a_split(backend, dtype):
+    """So many levels and reduced channels that each sum over the channels is one block's, of more tiles than it holds."""
+    bins = (1,) * 19 + (2,)
+    pyramid, weights = inputs(1, 332, 400, bins, dtype)
+    options = {"scale": torch.rand(20, 400) + 0.5, "shift": torch.randn(20, 400)}
+
+    def ours(pyramid, *weights):
+        return pyramid_project(pyramid, weights, bins, **{k: v.to(pyramid.device) for k, v in options.items()})
+
+    def plain(pyramid, *weights):
+        return testing.plain_pyramid_project(pyramid, *weights, bins=bins, **options)
+
+    testing.assert_as_accurate(ours, plain, [pyramid, *weights], backend)
+
+
+@pytest.mark.skipif(not backends.emulated(), reason="the CUDA kernels are not emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_blocks_and_threads(dtype):
+    """And either generation of cards: the same bits."""
+    if reason := testing.unavailable(OP, "cuda", dtype):
+        pytest.skip(reason)
+    emulation = torch.ops.pspnet_fast_emulated
+    pyramid, weights = inputs(2, 136, 72, (1, 2, 6), dtype)
+    leaves = [t.requires_grad_() for t in (pyramid, *weights)]
+    cotangent, runs = cotangent_of(pyramid, 72), []
+    try:
+        for seed, capability in ((0, 90), (1, 80), (2, 90)):
+            emulation.set_order(seed)
+            emulation.set_capability(capability)
+            with testing.use_backend("cuda"), testing.poisoned_memory():
+                y = pyramid_project(pyramid, weights, (1, 2, 6))
+                runs.append((y.detach(), *torch.autograd.grad(y, leaves, cotangent)))
+    finally:
+        emulation.set_order(0)
+        emulation.set_capability(90)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_gradients_through_scale_shift_and_relu(backend):
     """Products far from zero, so that every dtype cuts the same ones."""
@@ -92,12 +156,13 @@ def test_no_images(backend):
     assert all(torch.equal(g, torch.zeros_like(w)) for g, w in zip(grads[1:], weights, strict=True))
 
 
+@pytest.mark.parametrize("channels", [11, 16])
 @pytest.mark.parametrize("backend", testing.backends(OP))
-def test_any_strides(backend):
+def test_any_strides(backend, channels):
     """A pyramid that is a view at an odd offset, one stacked weight, and an expanded gradient."""
-    pyramid, weights = inputs(2, 11, 6, (1, 2))
-    base = torch.randn(2 * 5 * 11 + 1)
-    pyramid = base[1:].view(2, 5, 11).to(testing.device(backend)).requires_grad_()
+    pyramid, weights = inputs(2, channels, 6, (1, 2))
+    base = torch.randn(2 * 5 * channels + 1)
+    pyramid = base[1:].view(2, 5, channels).to(testing.device(backend)).requires_grad_()
     weight = torch.stack(weights, 2).to(pyramid.device).permute(2, 0, 1).requires_grad_()
     with testing.use_backend(backend):
         y = pyramid_project(pyramid, weight, (1, 2), relu=False)
