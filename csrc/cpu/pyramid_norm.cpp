@@ -1,6 +1,6 @@
 // pyramid_norm: dispatch, registration, and the scalar kernels.
 
-#include "cpu/pyramid_norm.h"
+#include "../pyramid_norm.h"  // "pyramid_norm.h" would be this folder's
 
 #include <algorithm>
 #include <cmath>
@@ -10,10 +10,10 @@
 
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "cpu/pyramid_norm.h"
 #include "cpu/pyramid_norm_kernels.h"
 #include "geometry.h"
 #include "library.h"
-#include "pyramid_norm_arguments.h"
 
 namespace pspnet_fast {
 namespace {

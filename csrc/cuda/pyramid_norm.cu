@@ -16,7 +16,7 @@
 #include "cuda/launch.h"
 #include "geometry.h"
 #include "library.h"
-#include "pyramid_norm_arguments.h"
+#include "pyramid_norm.h"
 
 namespace pspnet_fast::cuda {
 namespace {
