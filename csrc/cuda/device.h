@@ -194,9 +194,9 @@ __device__ __forceinline__ void bulk_store_wait() {
 #endif
 }
 
-// Four matrices of 8x8 elements of 16 bits out of shared memory, as multiply_add takes its fragments (PTX ISA, ldmatrix).
-// Lane l gives the address of row l % 8 of matrix l / 8: 16 bytes, so aligned. With g and t as below, to[i] becomes elements
-// (g, 2t..2t+1) of matrix i, transposed (2t..2t+1, g).
+// Four matrices of 8x8 elements of 16 bits out of shared memory, as multiply_add takes its fragments (PTX ISA,
+// ldmatrix). Lane l gives the address of row l % 8 of matrix l / 8: 16 bytes, so aligned. With g and t as below, to[i]
+// becomes elements (g, 2t..2t+1) of matrix i, transposed (2t..2t+1, g).
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   if constexpr (kTransposed) {

@@ -1,8 +1,8 @@
 // pyramid_project on the GPU: launchers and registration. The kernels stand in pyramid_project_kernels.h, the maths in
 // pspnet_fast/ops/pyramid_project.py.
 //
-// At N = 1 there is little to read but the weights, and too few tiles of rows to read them fast: the forward's channels are
-// split over kBlocks blocks, whose float32 parts a second kernel adds in a fixed order.
+// At N = 1 there is little to read but the weights, and too few tiles of rows to read them fast: the forward's channels
+// are split over kBlocks blocks, whose float32 parts a second kernel adds in a fixed order.
 
 #include "pyramid_project.h"
 
@@ -39,8 +39,8 @@ int64_t row_tiles(int64_t images, const std::vector<int64_t>& bins) {
   return tiles;
 }
 
-// body(levels, bins) for every kLevels levels, those with most rows first: a weight's gradient is so much work as its level
-// has rows, and what takes longest shall not begin last.
+// body(levels, bins) for every kLevels levels, those with most rows first: a weight's gradient is so much work as its
+// level has rows, and what takes longest shall not begin last.
 template <class T, class Body>
 void for_each_group(const PyramidProjectSizes& sizes, const std::vector<Tensor>& weight,
                     const std::vector<int64_t>& bins, Body body) {
@@ -69,7 +69,8 @@ void for_each_group(const PyramidProjectSizes& sizes, const std::vector<Tensor>&
 
 // Whether every row of so many columns can be read and written by 16 bytes.
 bool aligned_rows(const Tensor& matrix, int64_t columns) {
-  return columns * static_cast<int64_t>(matrix.element_size()) % kAccessBytes == 0 && is_aligned(matrix.const_data_ptr());
+  const int64_t bytes = columns * static_cast<int64_t>(matrix.element_size());
+  return bytes % kAccessBytes == 0 && is_aligned(matrix.const_data_ptr());
 }
 
 bool aligned_rows(const std::vector<Tensor>& matrices, int64_t columns) {

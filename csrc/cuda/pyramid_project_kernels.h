@@ -5,8 +5,9 @@
 //     pyramid gradient    c   row   r       W_k    across   g      along    dp[row][c]
 //     weight gradient     c   r     row     p      across   g      across   dW_k[r][c]
 //
-// Rows are those of one level k, N * b_k^2 of them; m is the side of tensor cores that is 16 wide, and rows, which may be
-// as few as one, are counted by 16 on the other. Weights are read once for every kSide rows of their level: at N = 1 once.
+// Rows are those of one level k, N * b_k^2 of them; m is the side of tensor cores that is 16 wide, and rows, which may
+// be as few as one, are counted by 16 on the other. Weights are read once for every kSide rows of their level: at N = 1
+// once.
 #pragma once
 
 #include "cuda/pyramid_project_product.h"
@@ -85,11 +86,12 @@ struct Backward {
 
 // Grid: (tiles of kSide rows over all levels, blocks of R, splits of C).
 // Tile: kSide r x kSide rows of sums; the split's channels walked by kDepth.
-// Traffic: the weights once for every kSide rows of their level (through L2 after the first), N*S*C for every block of R;
-// N*S*R written, or with splits as many in float32.
+// Traffic: the weights once for every kSide rows of their level (through L2 after the first), N*S*C for every block of
+// R; N*S*R written, or with splits as many in float32.
 // Registers: 16 bits 114 (sm_80), 110 (sm_90); float32 162, 167; no spills.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident) pyramid_project_forward_kernel(const __grid_constant__ Forward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    pyramid_project_forward_kernel(const __grid_constant__ Forward<T> a) {
   int tile = static_cast<int>(blockIdx.x);
   const Level<T>& level = level_of<kSide>(a.levels, tile);
   const int channels = static_cast<int>(a.levels.channels), reduced = static_cast<int>(a.levels.reduced);
@@ -145,11 +147,12 @@ __global__ void __launch_bounds__(kSumThreads)
 // Both gradients in one launch, for the weight's writes what the pyramid's reads.
 // Grid: row tiles x blocks of C of the pyramid's gradient, then blocks of C x blocks of R x levels of the weight's.
 // Tile: kSide c x kSide rows of sums, R walked by kDepth; kSide c x kSide r, the level's rows walked by kDepth.
-// Traffic: the weights as in the forward, N*S*R for every block of C, N*S*C written; N*S*C for every block of R, N*S*R for
-// every block of C (through L2, both), levels*R*C written.
+// Traffic: the weights as in the forward, N*S*R for every block of C, N*S*C written; N*S*C for every block of R, N*S*R
+// for every block of C (through L2, both), levels*R*C written.
 // Registers: 16 bits 112 (sm_80), 110 (sm_90); float32 166, 148; no spills.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident) pyramid_project_backward_kernel(const __grid_constant__ Backward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    pyramid_project_backward_kernel(const __grid_constant__ Backward<T> a) {
   const int channels = static_cast<int>(a.levels.channels), reduced = static_cast<int>(a.levels.reduced);
   const int pyramid_blocks = a.row_tiles * a.c_blocks;
   int block = static_cast<int>(blockIdx.x);

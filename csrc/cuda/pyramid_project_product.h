@@ -2,13 +2,15 @@
 //
 //     out[n][m] = sum over k of  b[n][k] a[m][k]          m, n: kSide of each; k: the depth, kDepth at a time
 //
-// a and b may each lie in memory along the depth ([m][k]: rows are the product's, columns its depth) or across it ([k][m]).
-// They come into shared memory as they lie, a ring of kStages tiles of both, and are read there as they are needed:
-// 16 bits by ldmatrix, transposed where they lie across, float32 by vectors of 4 in either direction. Every row of a tile
-// ends in 16 bytes of padding, so that 8 rows, read 16 bytes each, are in 32 different banks.
+// a and b may each lie in memory along the depth ([m][k]: rows are the product's, columns its depth) or across it
+// ([k][m]). They come into shared memory as they lie, a ring of kStages tiles of both, and are read there as they are
+// needed: 16 bits by ldmatrix, transposed where they lie across, float32 by vectors of 4 in either direction. Every row
+// of a tile ends in 16 bytes of padding, so that 8 rows, read 16 bytes each, are in 32 different banks.
 //
 // What lies outside of a or b is zero in shared memory, so that a tail of the depth adds nothing; sums of rows that lie
 // outside are not written.
+//
+// Past 300 lines: the two ways to sum a tile, on tensor cores and on the vector units, read the same tiles.
 #pragma once
 
 #include "cuda/device.h"
@@ -35,8 +37,8 @@ constexpr int kSharedBytes = kStages * 2 * kTileBytes;
 static_assert(kSide * kSumsStride * sizeof(float) <= kSharedBytes);
 constexpr int kResident = 3;  // blocks in the shared memory of a multiprocessor of compute capability 9.0
 
-// The rows of a dense matrix, and of one level of a packed pyramid (N, S, ...), where they lie apart in the batch: by their
-// number, null outside.
+// The rows of a dense matrix, and of one level of a packed pyramid (N, S, ...), where they lie apart in the batch: by
+// their number, null outside.
 template <class Pointer>
 struct MatrixRows {
   Pointer first;
@@ -213,10 +215,10 @@ class TensorSums {
   float d_[2][4][4];
 };
 
-// Sums of float32 on the vector units, in full precision: 8 x 16 threads with 8 x 4 sums each, kDepth at a time in a run of
-// its own, for short sums round less. Of 4 steps of the depth a thread reads 12 vectors and makes 128 multiplications.
-// A thread's 8 (4) are 8 (16) apart where the operand lies along the depth, so that 8 lanes read 8 rows in a row; across
-// it they are vectors.
+// Sums of float32 on the vector units, in full precision: 8 x 16 threads with 8 x 4 sums each, kDepth at a time in a
+// run of its own, for short sums round less. Of 4 steps of the depth a thread reads 12 vectors and makes 128
+// multiplications. A thread's 8 (4) are 8 (16) apart where the operand lies along the depth, so that 8 lanes read 8
+// rows in a row; across it they are vectors.
 template <bool kAlongA, bool kAlongB>
 class VectorSums {
  public:
@@ -289,13 +291,16 @@ class VectorSums {
 };
 
 template <class T, bool kAlongA, bool kAlongB>
-using Sums = std::conditional_t<std::is_same_v<T, float>, VectorSums<kAlongA, kAlongB>, TensorSums<T, kAlongA, kAlongB>>;
+using Sums =
+    std::conditional_t<std::is_same_v<T, float>, VectorSums<kAlongA, kAlongB>, TensorSums<T, kAlongA, kAlongB>>;
 
-// The block's sums over `tiles` tiles of the depth from `first_tile` on, in `memory` as [n][m], kSumsStride apart. The whole
-// ring is requested before the first tile is used; a stage is filled again once everyone has left it, at the next barrier.
+// The block's sums over `tiles` tiles of the depth from `first_tile` on, in `memory` as [n][m], kSumsStride apart. The
+// whole ring is requested before the first tile is used; a stage is filled again once everyone has left it, at the next
+// barrier.
 template <class T, bool kAlongA, bool kAlongB, class RowsA, class RowsB>
-__device__ __forceinline__ const float* multiply(const Operand<T, kAlongA, RowsA>& a, const Operand<T, kAlongB, RowsB>& b,
-                                                 int first_tile, int tiles, int columns, unsigned char* memory) {
+__device__ __forceinline__ const float* multiply(const Operand<T, kAlongA, RowsA>& a,
+                                                 const Operand<T, kAlongB, RowsB>& b, int first_tile, int tiles,
+                                                 int columns, unsigned char* memory) {
   const auto stage = [memory](int tile) { return reinterpret_cast<T*>(memory + tile % kStages * 2 * kTileBytes); };
   constexpr int kSecond = kTileBytes / static_cast<int>(sizeof(T));
   const auto fill = [&](int tile) {
