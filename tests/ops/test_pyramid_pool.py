@@ -84,7 +84,7 @@ def test_returned_input_adds_its_gradient(backend, dtype, memory_format):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("backend", "case"), testing.backends_and(CASES, OP, interpret=3))
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(CASES, OP, interpret=1))
 def test_reserve_copies(backend, case, dtype, memory_format):
     """The same pyramid to the bit, x to the bit among the reserved channels, and these not written."""
     size, bins = case
@@ -194,6 +194,7 @@ LARGE = [
     ((1, 1, 20, 13), (130,)),  # more windows
     ((2, 3, 97, 90), (1, 2, 3, 6)),  # a plane larger than a stage in float32, larger than a block's pixels
     ((1, 2, 130, 127), (1, 2, 3, 6)),  # in 16 bits as well; bands end within segments
+    ((1, 1, 260, 128), (1, 2, 3, 6)),  # more bands than stages, copied by bulk stores
     ((1, 2, 2, 9000), (1, 2)),  # a row larger than a stage
     ((1, 2, 66000, 1), (1, 3)),  # more rows than 16 bits count
     ((1, 70, 3, 2), (1, 2)),  # more planes than are pooled at once
@@ -221,9 +222,11 @@ def test_any_bins_and_sizes(backend, case, dtype, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("backend", testing.backends(OP))
+@pytest.mark.parametrize("backend", ["cuda", "cpu", "reference"])
 def test_many_levels(backend, memory_format):
     """More than the CUDA kernels take in one launch; of integers that any order sums exactly."""
+    if reason := testing.unavailable(OP, backend):
+        pytest.skip(reason)
     bins = (1, 2) * 33
     x = torch.randint(-9, 9, (1, 2, 4, 3)).mul(12).float().contiguous(memory_format=memory_format).requires_grad_()
     grad = torch.randint(-9, 9, (1, 165, 2)).mul(12).float()
@@ -242,13 +245,14 @@ def test_many_levels(backend, memory_format):
 def test_any_alignment(backend, dtype, memory_format):
     """Planes of an odd size, pixels of an odd number of channels, and storage that starts anywhere."""
     bins = (1, 2, 3)
-    for channels, offset in ((3, 1), (3, 8), (8, 3)) if backend != "triton" else ((3, 1),):
+    few = backend == "triton"  # interpreted, a thousand times slower
+    for channels, offset in ((3, 1),) if few else ((3, 1), (3, 8), (8, 3)):
         size = (2, channels, 13, 11)
         base = torch.randn(2 * channels * 13 * 11 + offset).to(dtype).to(testing.device(backend))[offset:]
         x = base.view(2, 13, 11, channels).movedim(3, 1) if memory_format == torch.channels_last else base.view(size)
         plain, exact = (testing.plain_pyramid_pool(t, bins) for t in (x, x.double()))
         with testing.use_backend(backend), testing.poisoned_memory(), torch.no_grad():
-            for before in (0, 1):
+            for before in (1,) if few else (0, 1):
                 pyramid, out = pyramid_pool(x, bins, reserve=(before, 8))
                 assert torch.equal(out[:, before : before + channels], x)
                 assert out[:, :before].isnan().all() and out[:, before + channels :].isnan().all()
