@@ -1,7 +1,8 @@
 // pyramid_pool: the launchers and their registration.
 //
 // One read of x for all levels: NCHW by whole planes (pyramid_pool_planes.h), channels_last by blocks of pixels
-// (pyramid_pool_pixels.h). What no table holds goes the plain way (pyramid_pool_direct.h), correct for all sizes.
+// (pyramid_pool_pixels.h). What no table holds goes the plain way (pyramid_pool_direct.h), correct for all sizes. Three
+// ways, each there and back, make the file as long as it is.
 
 #include "pyramid_pool.h"
 
@@ -129,7 +130,8 @@ bool pool_planes(const Launcher& launch, const Tensor& x, const PoolSizes& sizes
     return false;
   }
   constexpr int64_t kBlocksEach = 4, kReserved = 1024;  // of shared memory in each block, by CUDA
-  const int64_t each = std::clamp<int64_t>((launch.device().shared_bytes + kReserved) / (shared + kReserved), 1, kBlocksEach);
+  const int64_t fit = (launch.device().shared_bytes + kReserved) / (shared + kReserved);
+  const int64_t each = std::clamp<int64_t>(fit, 1, kBlocksEach);
   const int64_t units_per_image = divide_up(c, items.group), units = n * units_per_image;
   const int64_t grid = std::min(units, each * launch.device().multiprocessors);
   PoolPlanes a{};
@@ -160,7 +162,8 @@ bool pool_planes(const Launcher& launch, const Tensor& x, const PoolSizes& sizes
   a.by_segments_of_columns = Divisor(tables.columns.segments);
   a.by_windows = Divisor(tables.levels.windows);
   a.by_batch = Divisor(batch);
-  launch(pyramid_pool_planes_kernel<T>, dim3(static_cast<unsigned>(grid)), kPlanesThreads, static_cast<size_t>(shared), a);
+  launch(pyramid_pool_planes_kernel<T>, dim3(static_cast<unsigned>(grid)), kPlanesThreads, static_cast<size_t>(shared),
+         a);
   return true;
 }
 
@@ -400,8 +403,8 @@ void spread_directly(const char* op, const Launcher& launch, const Tensor& grad,
   for_levels(a, bins, [&](bool last) {
     a.before = a.first_cell == 0 ? nullptr : mutable_data<float>(*partial);
     a.after = last ? nullptr : mutable_data<float>(*partial);
-    launch(pyramid_pool_direct_backward_kernel<T>, grid_of(divide_up(a.elements, kDirectThreads), op), kDirectThreads, 0,
-           a);
+    const dim3 grid = grid_of(divide_up(a.elements, kDirectThreads), op);
+    launch(pyramid_pool_direct_backward_kernel<T>, grid, kDirectThreads, 0, a);
   });
 }
 

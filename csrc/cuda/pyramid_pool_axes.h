@@ -1,5 +1,5 @@
 // How the windows of pyramid_pool cut a map, as a kernel's parameter: of a fixed size, so that no table has to be copied
-// to the device. No torch.
+// to the device; and what the kernels of planes need for planes that start anywhere. No torch.
 #pragma once
 
 #include "cuda/device.h"
@@ -54,6 +54,20 @@ __device__ __forceinline__ const Table* to_shared(void* memory, const Table& tab
     words[i] = reinterpret_cast<const uint32_t*>(&table)[i];
   }
   return static_cast<const Table*>(memory);
+}
+
+// How many elements a pointer lies behind a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ int skew_of(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(T));
+}
+
+// A store of 16 bytes. nvcc 13 stores an assigned vector element by element in the kernels of these planes.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const Vector<T, kVector<T>>& value) {
+  uint4 words;
+  __builtin_memcpy(&words, &value, sizeof(words));
+  __stwb(reinterpret_cast<uint4*>(to), words);
 }
 
 }  // namespace pspnet_fast::cuda

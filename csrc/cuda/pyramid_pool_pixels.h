@@ -99,7 +99,10 @@ __device__ __forceinline__ float sum_of_groups(float* sums, const float (&mine)[
 //
 // Grid     a block of pixels, at most 16 x 16 unless there are too many, of a tile of channels
 // Tile     16 pixels at a time, each group of threads four of its own under way; then summed over the groups
-// Traffic  x read, its copy written where one is asked for, N * blocks * C float32 written; about 3 instructions an element
+// Traffic  x read, its copy written where one is asked for, N * blocks * C float32 written; about 3 instructions an
+//          element
+//
+// Registers: 40 (sm_80), 46 (sm_90) in float32, 48 and up to 64 in 16 bits, 32 for V = 1; no spills.
 template <class T, int V>
 __global__ void __launch_bounds__(kPixelThreads)
     pyramid_pool_pixels_kernel(const __grid_constant__ PoolPixels a) {
@@ -144,12 +147,15 @@ __global__ void __launch_bounds__(kPixelThreads)
 // Grid     a cell of an image, 32 channels
 // Tile     each of eight warps every eighth of the cell's blocks; then summed over the warps
 // Traffic  the sums read once a level, from L2; the cells written once
+//
+// Registers: 40 (sm_80), 32 (sm_90), no spills.
 template <class T>
 __global__ void __launch_bounds__(kCellThreads)
     pyramid_pool_cells_kernel(const __grid_constant__ PoolPixels a) {
   const int rest = a.by_tiles.quotient(static_cast<int>(blockIdx.x)), lane = static_cast<int>(threadIdx.x) % kWarp;
   const int channel = a.by_tiles.remainder(static_cast<int>(blockIdx.x)) * kWarp + lane;
-  const int n = a.by_cells.quotient(rest), s = a.by_cells.remainder(rest), group = static_cast<int>(threadIdx.x) / kWarp;
+  const int n = a.by_cells.quotient(rest), s = a.by_cells.remainder(rest);
+  const int group = static_cast<int>(threadIdx.x) / kWarp;
   const PoolCell cell = pool_cell(a.levels, s);
   const int left = a.columns.first[cell.column], width = a.columns.end[cell.column] - left;
   const int top = a.rows.first[cell.row], count = (a.rows.end[cell.row] - top) * width;
@@ -159,7 +165,8 @@ __global__ void __launch_bounds__(kCellThreads)
 #pragma unroll 4
     for (int i = group; i < count; i += kCellGroups) {
       const int row = i / width;
-      total += from[static_cast<int64_t>((top + row) * a.columns.segments + left + i - row * width) * a.channels + channel];
+      const int64_t block = (top + row) * a.columns.segments + left + i - row * width;
+      total += from[block * a.channels + channel];
     }
   }
   float* const sums = shared_memory<float>();
@@ -182,6 +189,8 @@ __global__ void __launch_bounds__(kCellThreads)
 // Tile     the windows shared out to the groups of threads, while the first pixels are under way; then 16 pixels at a
 //          time, each group four of its own under way
 // Traffic  grad_input read, x's gradient written; the cells read once a block, from L2; about 4 instructions an element
+//
+// Registers: 62 (sm_80), 61 (sm_90) in float32, 78 and 80 in 16 bits, 45 for V = 1; no spills.
 template <class T, int V>
 __global__ void __launch_bounds__(kPixelThreads)
     pyramid_pool_pixels_backward_kernel(const __grid_constant__ PoolPixels a) {

@@ -1,11 +1,11 @@
 // pyramid_pool backward, NCHW: what the windows give each pixel, added to contiguous runs of planes. No torch.
 #pragma once
 
-#include "cuda/pyramid_pool_planes.h"
+#include "cuda/pyramid_pool_axes.h"
 
 namespace pspnet_fast::cuda {
 
-constexpr int kAddThreads = 256, kAddInFlight = 4;  // 16 KiB, an item, under way in a block
+constexpr int kAddThreads = 256, kAddInFlight = 4;  // 16 KiB under way in a block
 
 struct PoolPlanesBackward {
   PoolAxis rows, columns;
@@ -15,9 +15,10 @@ struct PoolPlanesBackward {
   void* out;
   int64_t grad_input_image;
   int channels, height, width, plane;
-  int group, bands, band_rows;  // as in PoolPlanes
-  int pitch;                    // of a row of shares: its elements, with a gap after each access
-  int share_rows;               // rows of shares
+  // A unit is `group` planes of an image, or one plane in `bands` bands of `band_rows` rows.
+  int group, bands, band_rows;
+  int pitch;       // of a row of shares: its elements, with a gap after each access
+  int share_rows;  // rows of shares
   Divisor by_units_per_image, by_bands, by_group, by_height, by_width, by_segments_of_rows, by_segments_of_columns;
 };
 
@@ -41,7 +42,9 @@ __device__ __forceinline__ float received(const PoolPlanesBackward& a, const flo
 // Grid     an item: some planes of an image, or a band of rows of one
 // Tile     for each segment of rows one row of shares, in shared memory; then accesses of 16 bytes, whose elements pass
 //          from row to row, four under way in each thread from before the shares are made
-// Traffic  grad_input read, x's gradient written; the cells read once an item; about 10 instructions an element
+// Traffic  grad_input read, x's gradient written; the cells read once an item; about 14 instructions an element
+//
+// Registers: 48 (sm_80), 47 (sm_90) in float32, 64 in 16 bits; no spills. Shared memory: 4 KiB for 60x60, bins 1, 2, 3, 6.
 template <class T>
 __global__ void __launch_bounds__(kAddThreads)
     pyramid_pool_planes_backward_kernel(const __grid_constant__ PoolPlanesBackward a) {
