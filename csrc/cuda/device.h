@@ -64,6 +64,19 @@ __device__ __forceinline__ void store(T* to, const Vector<T, N>& value) {
   *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
+// A store of 16 bytes to global memory that stays one: in branches nvcc 13 may split the one above into its elements.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const Vector<T, kVector<T>>& value) {
+#if defined(PSPNET_FAST_EMULATED)
+  store(to, value);
+#else
+  uint4 words;
+  __builtin_memcpy(&words, &value, sizeof(words));
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#endif
+}
+
 // Division by a number that the host knows: a multiplication and a shift (Granlund & Montgomery, PLDI 1994, figure 4.1).
 // Exact for dividends below 2^31.
 struct Divisor {

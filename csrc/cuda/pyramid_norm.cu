@@ -167,6 +167,7 @@ __device__ __forceinline__ void for_each_row(const Rows<V>& rows, const Norm& a,
 // Grid:    (blocks of 16 channels, levels)
 // Tile:    256 threads, V channels of a row each; the mean, then the squares about it, whose own sum corrects the mean
 // Traffic: N*S*R read, and with APPLY written. 2*B*R float32 written.
+// Registers: with APPLY 16 bits 106 (sm_80), 140 (sm_90); float32 90, 95; no spills.
 template <class T, int V, bool APPLY>
 __global__ void __launch_bounds__(kThreads) pyramid_norm_statistics_kernel(const __grid_constant__ Norm a) {
   const Rows<V> rows(a);
@@ -272,6 +273,7 @@ __device__ __forceinline__ void through_relu(const Norm& a, int64_t at, float (&
 // Grid:    (blocks of 16 channels, levels)
 // Tile:    256 threads, V channels of a row each
 // Traffic: 3*N*S*R read (2 without a ReLU) and, with APPLY, again, from cache, and N*S*R written. 2*B*R float32 written.
+// Registers: with APPLY 16 bits 72 (sm_80), 74 (sm_90); float32 64, 66; no spills. Without the 2, ptxas spills at 64.
 template <class T, int V, bool APPLY>
 __global__ void __launch_bounds__(kThreads, 2) pyramid_norm_sums_kernel(const __grid_constant__ Norm a) {
   const Rows<V> rows(a);
@@ -340,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, 2) pyramid_norm_sums_kernel(const __
 // Grid:    (blocks of 16 channels, levels, up to 64 that share the level's rows)
 // Tile:    256 threads, V channels of a row each
 // Traffic: N*S*R read and written; backward up to 3*N*S*R read
+// Registers: 16 bits 48, backward 64; float32 40; no spills.
 template <class T, int V, bool BACKWARD>
 __global__ void __launch_bounds__(kThreads) pyramid_norm_elements_kernel(const __grid_constant__ Norm a) {
   const Rows<V> rows(a);

@@ -62,12 +62,4 @@ __device__ __forceinline__ int skew_of(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(T));
 }
 
-// A store of 16 bytes. nvcc 13 stores an assigned vector element by element in the kernels of these planes.
-template <class T>
-__device__ __forceinline__ void store_whole(T* to, const Vector<T, kVector<T>>& value) {
-  uint4 words;
-  __builtin_memcpy(&words, &value, sizeof(words));
-  __stwb(reinterpret_cast<uint4*>(to), words);
-}
-
 }  // namespace pspnet_fast::cuda

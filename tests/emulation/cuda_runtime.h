@@ -51,10 +51,6 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
-template <class T>
-void __stwb(T* pointer, T value) {
-  *pointer = value;
-}
 
 namespace emulation {
 
