@@ -63,7 +63,7 @@ void for_each_group(Norm a, const Bins& bins, const Lists& lists, Launch launch)
   for (size_t k = 0; k < bins.size();) {
     for (a.level_count = 0; a.level_count < kMostLevels && k < bins.size(); ++a.level_count, ++k) {
       const int64_t area = bins[k] * bins[k];
-      a.level[a.level_count] = {a.images, static_cast<int>(bins[k]), start, static_cast<int>(k), Divisor(area)};
+      a.level[a.level_count] = {a.images, start, static_cast<int>(k), Divisor(area)};
       set_level(a, a.level_count, k, lists);
       start += static_cast<int>(area);
     }

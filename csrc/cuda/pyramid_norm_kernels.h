@@ -1,8 +1,11 @@
 // The kernels of pyramid_norm. No torch.
 //
 // A reduction owns some channels of a level and all of their rows, N * b * b cells. It keeps the first of them in
-// registers, so that what follows the sums, normalising or the gradient, reads them from there: in training each
-// direction is one kernel that reads its tensors once. (At N = 16 and b = 6 a thread holds all of its rows.)
+// registers, so that the passes that follow the first, over the variance and the norm itself, read them from there: in
+// training the forward reads y once. (At N = 16 and b = 6 a thread holds all of its rows.) The gradient has three tensors
+// to read and takes them from cache the second time.
+//
+// Past 300 lines: three kernels over one walk of the rows.
 #pragma once
 
 #include "cuda/device.h"
@@ -17,7 +20,7 @@ constexpr int kMostLevels = 16;  // in one launch
 
 struct Level {
   int64_t images;
-  int bins, start, index;
+  int start, index;  // its first cell in an image; which of all levels it is
   Divisor area;
 };
 
