@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_bins, check_features
 from ..functional import pyramid_norm, pyramid_pool, pyramid_project, upsample_concat
-from ..geometry import accumulation_dtype, levels
+from ..geometry import accumulation_dtype, is_channels_last, levels
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,11 +153,14 @@ class PPM(nn.Module):
 
 
 def _writes_in_place(x: torch.Tensor) -> bool:
-    """Whether the result may be begun by the pooling pass: it has x's dtype, and nothing traces a training step.
+    """Whether the result may be begun by the pooling pass: it has x's dtype, nothing traces a training step, and it pays.
 
-    torch.compile before 2.13 takes no autograd node that writes in place, so a compiled training step reads x twice.
+    torch.compile before 2.13 takes no autograd node that writes in place, so a compiled training step reads x twice. On the
+    CPU in channels_last each page of the result would be written by two passes, which costs more than a read of x.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return False
+    if x.device.type == "cpu" and is_channels_last(x):
         return False
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
