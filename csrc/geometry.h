@@ -31,27 +31,32 @@ PSPNET_FAST_HOST_DEVICE constexpr int64_t level_start(const int64_t* bins, int64
 }
 
 // value = (1 - f) * cell[lower] + f * cell[upper], f = numerator / denominator.
+template <class Integer>
 struct BilinearTap {
-  int64_t lower, upper, numerator, denominator;
+  Integer lower, upper, numerator, denominator;
 };
 
-PSPNET_FAST_HOST_DEVICE constexpr BilinearTap bilinear_tap(int64_t i, int64_t size, int64_t cells, bool align_corners) {
-  const int64_t shifted = (2 * i + 1) * cells - size;
-  const int64_t position = align_corners ? i * (cells - 1) : (shifted > 0 ? shifted : 0);
-  const int64_t denominator = align_corners ? (size > 1 ? size - 1 : 1) : 2 * size;
-  const int64_t floor = position / denominator;
-  const int64_t lower = floor < cells - 1 ? floor : cells - 1;
-  const int64_t upper = lower + 1 < cells - 1 ? lower + 1 : cells - 1;
+// Of taps, kernels on a GPU may use int where (2 * size + 1) * (cells + 1) is below 2^31: there divisions of 64 bits are slow.
+template <class Integer>
+PSPNET_FAST_HOST_DEVICE constexpr BilinearTap<Integer> bilinear_tap(Integer i, Integer size, Integer cells,
+                                                                    bool align_corners) {
+  const Integer shifted = (2 * i + 1) * cells - size;
+  const Integer position = align_corners ? i * (cells - 1) : (shifted > 0 ? shifted : 0);
+  const Integer denominator = align_corners ? (size > 1 ? size - 1 : 1) : 2 * size;
+  const Integer floor = position / denominator;
+  const Integer lower = floor < cells - 1 ? floor : cells - 1;
+  const Integer upper = lower + 1 < cells - 1 ? lower + 1 : cells - 1;
   return {lower, upper, position - lower * denominator, denominator};
 }
 
 // First pixel whose lower tap is `cell` or a later one; `size` from `cell` = `cells` on. The taps' inverse.
-PSPNET_FAST_HOST_DEVICE constexpr int64_t tap_start(int64_t cell, int64_t size, int64_t cells, bool align_corners) {
+template <class Integer>
+PSPNET_FAST_HOST_DEVICE constexpr Integer tap_start(Integer cell, Integer size, Integer cells, bool align_corners) {
   if (cell <= 0 || cell >= cells) {
     return cell <= 0 ? 0 : size;
   }
-  const int64_t steps = cells - 1, length = size > 1 ? size - 1 : 1;
-  const int64_t first = align_corners ? (cell * length + steps - 1) / steps
+  const Integer steps = cells - 1, length = size > 1 ? size - 1 : 1;
+  const Integer first = align_corners ? (cell * length + steps - 1) / steps
                                       : (2 * size * cell + size + cells - 1) / (2 * cells);
   return first < size ? first : size;
 }

@@ -46,7 +46,7 @@ std::vector<int64_t> level_starts(std::vector<int64_t> bins) {
 std::vector<int64_t> bilinear_taps(int64_t size, int64_t cells, bool align_corners) {
   std::vector<int64_t> taps;
   for (int64_t i = 0; i < size; ++i) {
-    const BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
+    const BilinearTap<int64_t> tap = bilinear_tap(i, size, cells, align_corners);
     taps.insert(taps.end(), {tap.lower, tap.upper, tap.numerator, tap.denominator});
   }
   return taps;

@@ -19,7 +19,7 @@ class Taps {
  public:
   Taps(int64_t size, int64_t cells, bool align_corners, Dtype dtype) {
     for (int64_t i = 0; i < size; ++i) {
-      const BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
+      const BilinearTap<int64_t> tap = bilinear_tap(i, size, cells, align_corners);
       if (runs_.empty() || runs_.back().lower != tap.lower || runs_.back().upper != tap.upper) {
         runs_.push_back({i, i, tap.lower, tap.upper});
       }
