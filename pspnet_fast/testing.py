@@ -154,6 +154,28 @@ def poisoned_memory() -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]
 
 
+def assert_same_in_any_order(op: str, function: Callable[[], Sequence[torch.Tensor]]) -> None:
+    """Emulated CUDA kernels give the same bits whichever block and thread comes first, with bulk copies (90) or without (80)."""
+    import pytest
+
+    if not emulated():
+        pytest.skip("the CUDA kernels are not emulated: only there can their order be chosen")
+    if reason := unavailable(op, "cuda"):
+        pytest.skip(reason)
+    emulation, runs = torch.ops.pspnet_fast_emulated, []
+    try:
+        for capability, order in ((90, 0), (90, 1), (80, 2), (80, 0)):
+            emulation.set_capability(capability)
+            emulation.set_order(order)
+            with use_backend("cuda"), poisoned_memory():
+                runs.append(function())
+    finally:
+        emulation.set_capability(90)
+        emulation.set_order(0)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
 def evaluate(
     function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], cotangent: torch.Tensor | None = None
 ) -> list[torch.Tensor]:

@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_rows(float (&sum)[kGroup], const T* column, 
 // Shared   the barrier, the supports of rows and columns of cells, the weights of the columns and of a band's rows, the sums
 //          [planes][bins][strips][W], the band
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_nchw_kernel(const __grid_constant__ BackwardNchw<T> a) {
   constexpr int kLanes = 8;  // of a cell
   const Concat& concat = a.concat;
@@ -105,10 +105,12 @@ __global__ void __launch_bounds__(kConcatThreads)
     }
     __syncthreads();
   }
+#pragma unroll 1
   for (int i = tid; i < 2 * bins; i += kConcatThreads) {
     row_supports[i] = i < bins ? support_of(i, height, bins, concat.align_corners)
                                : support_of(i - bins, width, bins, concat.align_corners);
   }
+#pragma unroll 1
   for (int w = tid; w < width; w += kConcatThreads) {
     const Tap tap = tap_of(w, width, bins, concat.align_corners);
     column_weights[w] = {tap.rest, tap.fraction};
@@ -119,6 +121,7 @@ __global__ void __launch_bounds__(kConcatThreads)
     const int rows = min(a.band, height - row), plane_size = height * width;
     const T* const staged = stage(grad + static_cast<int64_t>(row) * width,
                                   planes > 1 ? planes * plane_size : rows * width, memory, a.bulk, barrier);
+#pragma unroll 1
     for (int h = tid; h < rows; h += kConcatThreads) {
       const Tap tap = tap_of(row + h, height, bins, concat.align_corners);
       row_weights[h] = {tap.rest, tap.fraction};
@@ -167,6 +170,7 @@ __global__ void __launch_bounds__(kConcatThreads)
       const bool upper = e < uppers;
       const int w = upper ? support.upper_begin + e : support.lower_begin + e - uppers;
       float value = 0;
+#pragma unroll 1
       for (int strip = 0; strip < strips; ++strip) {
         value += strip_rows[strip * width + w];
       }
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(kConcatThreads)
 // Traffic  the planes read up to four times, from L2 where planes fit; N * S * R written
 // For maps of which not even one row of sums for each cell row fits into shared memory.
 template <class T>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_nchw_cells_kernel(const __grid_constant__ BackwardNchw<T> a) {
   const Concat& concat = a.concat;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -217,10 +221,12 @@ __global__ void __launch_bounds__(kConcatThreads)
     return e < uppers ? tap.fraction : tap.rest;
   };
   float sum = 0;
+#pragma unroll 1
   for (int column = lane; column < columns.count(); column += kWarp) {
     int w, h;
     const float horizontal = weight(columns, column, concat.width, w);
     float column_sum = 0;
+#pragma unroll 1
     for (int row = 0; row < rows.count(); ++row) {
       const float vertical = weight(rows, row, concat.height, h);
       column_sum += vertical * to_float(plane[static_cast<int64_t>(h) * concat.width + w]);
@@ -261,12 +267,12 @@ __device__ __forceinline__ void store_floats(float* to, const float (&values)[kL
 }
 
 // Grid     kWarp vectors of a level's channels in kConcatWarps / splits rows
-// Tile     a warp walks a row, or its part of it, eight pixels in flight, keeping the sums of the two columns of cells it
-//          stands between; parts are added in shared memory, in their order
+// Tile     a warp walks a row, or its part of it, run by run of pixels between the same two columns of cells, whose sums it
+//          keeps, kRowsInFlight pixels in flight; parts are added in shared memory, in their order
 // Traffic  the levels' channels read once; N * H * columns * R float32 written (12 columns for bins 1, 2, 3, 6)
 // Shared   the taps of 32 columns for each warp, the columns of cells of each part and their sums
 template <class T, int kLength>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 4)
     upsample_concat_backward_rows_kernel(const __grid_constant__ BackwardChannelsLast<T> a) {
   const Concat& concat = a.concat;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp, warp = tid / kWarp;
@@ -306,6 +312,7 @@ __global__ void __launch_bounds__(kConcatThreads)
     }
   };
   const auto move_to = [&](int next) {
+#pragma unroll 1
     for (; cell < next; ++cell) {
       emit(low);
 #pragma unroll
@@ -325,28 +332,34 @@ __global__ void __launch_bounds__(kConcatThreads)
     }
     __syncwarp();
     const int count = min(kWarp, end - first);
-    for (int i = 0; i < count; i += kRowsInFlight) {
-      Vector<T, kLength> values[kRowsInFlight];
+#pragma unroll 1
+    for (int i = 0; i < count;) {
+      move_to(taps[i].lower);
+      const int run = min(count, tap_start(cell + 1, width, bins, concat.align_corners) - first);
+#pragma unroll 1
+      for (; i < run; i += kRowsInFlight) {
+        Vector<T, kLength> values[kRowsInFlight];
 #pragma unroll
-      for (int u = 0; u < kRowsInFlight; ++u) {
-        if (i + u < count) {
-          values[u] = load<kLength>(from);
-          from += pitch;
+        for (int u = 0; u < kRowsInFlight; ++u) {
+          if (i + u < run) {
+            values[u] = load<kLength>(from);
+            from += pitch;
+          }
         }
-      }
 #pragma unroll
-      for (int u = 0; u < kRowsInFlight; ++u) {
-        if (i + u < count) {
-          const Tap tap = taps[i + u];
-          move_to(tap.lower);
+        for (int u = 0; u < kRowsInFlight; ++u) {
+          if (i + u < run) {
+            const Tap tap = taps[i + u];
 #pragma unroll
-          for (int e = 0; e < kLength; ++e) {
-            const float value = to_float(values[u].at[e]);
-            low[e] += tap.rest * value;
-            high[e] += tap.fraction * value;
+            for (int e = 0; e < kLength; ++e) {
+              const float value = to_float(values[u].at[e]);
+              low[e] += tap.rest * value;
+              high[e] += tap.fraction * value;
+            }
           }
         }
       }
+      i = run;
     }
   }
   // The last cell is its own upper one.
@@ -368,8 +381,10 @@ __global__ void __launch_bounds__(kConcatThreads)
     bounds[2 * split + 1] = last_cell;
   }
   __syncthreads();
+#pragma unroll 1
   for (int j = warp; j < bins; j += kConcatWarps) {
     float sum[kLength] = {};
+#pragma unroll 1
     for (int part = 0; part < kConcatWarps; ++part) {
       if (j >= bounds[2 * part] && j <= bounds[2 * part + 1]) {
         const float* const from_part = parts + (part * a.split_columns + j - bounds[2 * part]) * kLength * kWarp + lane;
@@ -390,7 +405,7 @@ __global__ void __launch_bounds__(kConcatThreads)
 // Traffic  the rows' float32 sums read twice (L2), N * S * R written
 // Shared   the weights of 32 rows for each warp, the four sums
 template <class T, int kLength>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_cells_kernel(const __grid_constant__ BackwardChannelsLast<T> a) {
   struct alignas(8) Entry {
     int row;

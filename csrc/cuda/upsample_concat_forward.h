@@ -49,20 +49,24 @@ __device__ __forceinline__ void copy_part(const T* __restrict__ from, T* __restr
   const bool alike = elements_past_access(from) == 0;
   const int first = alike ? (begin + kVector<T> - 1) / kVector<T> : 0, last = alike ? end / kVector<T> : 0;
   const int tid = static_cast<int>(threadIdx.x);
-  for (int v = first + tid; v < last; v += kCopyInFlight * kConcatThreads) {
-    Vector<T, kVector<T>> values[kCopyInFlight];
+  const uint4* const read = reinterpret_cast<const uint4*>(from);
+  uint4* const write = reinterpret_cast<uint4*>(to);
+  int v = first + tid;
+#pragma unroll 1
+  for (; v + (kCopyInFlight - 1) * kConcatThreads < last; v += kCopyInFlight * kConcatThreads) {
+    uint4 values[kCopyInFlight];
 #pragma unroll
     for (int u = 0; u < kCopyInFlight; ++u) {
-      if (v + u * kConcatThreads < last) {
-        values[u] = load<kVector<T>>(from + (v + u * kConcatThreads) * kVector<T>);
-      }
+      values[u] = read[v + u * kConcatThreads];
     }
 #pragma unroll
     for (int u = 0; u < kCopyInFlight; ++u) {
-      if (v + u * kConcatThreads < last) {
-        store(to + (v + u * kConcatThreads) * kVector<T>, values[u]);
-      }
+      write[v + u * kConcatThreads] = values[u];
     }
+  }
+#pragma unroll 1
+  for (; v < last; v += kConcatThreads) {
+    write[v] = read[v];
   }
   // What no vector holds: one end or two of a few elements, or everything.
   const int head_end = first < last ? first * kVector<T> : begin, tail = first < last ? last * kVector<T> : begin;
@@ -82,7 +86,7 @@ __device__ __forceinline__ void copy_part(const T* __restrict__ from, T* __restr
 // Shared     a tap for every row of the tile (its offsets into the table) and every column, and the table
 // kGroup     elements that share a row: a divisor of W, and the width of the table's accesses
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_forward_nchw_kernel(const __grid_constant__ ForwardNchw<T> a) {
   const Concat& concat = a.concat;
   const int tid = static_cast<int>(threadIdx.x);
@@ -112,16 +116,19 @@ __global__ void __launch_bounds__(kConcatThreads)
   Tap* const column_taps = row_taps + a.planes * a.rows;  // [columns]
   float* const table = reinterpret_cast<float*>(column_taps + a.columns);  // [planes][cell_rows][columns]
   const int first_row = tap_of(row, concat.height, level.bins, concat.align_corners).lower;
+#pragma unroll 1
   for (int h = tid; h < rows; h += kConcatThreads) {
     Tap tap = tap_of(row + h, concat.height, level.bins, concat.align_corners);
     tap.lower = (tap.lower - first_row) * a.columns;
     tap.upper = (tap.upper - first_row) * a.columns;
+#pragma unroll 1
     for (int plane = 0; plane < planes; ++plane) {
       row_taps[plane * rows + h] = tap;
       tap.lower += cell_rows * a.columns;
       tap.upper += cell_rows * a.columns;
     }
   }
+#pragma unroll 1
   for (int w = tid; w < columns; w += kConcatThreads) {
     column_taps[w] = tap_of(column + w, concat.width, level.bins, concat.align_corners);
   }
@@ -169,6 +176,7 @@ __global__ void __launch_bounds__(kConcatThreads)
       }
       store(out + start, values);
     } else {
+#pragma unroll 1
       for (int e = from; e < min(start + kVector<T>, length); ++e) {
         if (w == columns) {
           w = 0;
@@ -199,7 +207,7 @@ struct ForwardChannelsLast {
 // Traffic    x read once, the concatenation written once, the cells from L1 and L2
 // Shared     the taps of 32 columns for each warp
 template <class T, int kLength>
-__global__ void __launch_bounds__(kConcatThreads)
+__global__ void __launch_bounds__(kConcatThreads, 9)
     upsample_concat_forward_channels_last_kernel(const __grid_constant__ ForwardChannelsLast<T> a) {
   const Concat& concat = a.concat;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp;

@@ -217,6 +217,22 @@ def test_repeats_bitwise(backend):
     assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
 
+@pytest.mark.parametrize("reduced", [40, 5])
+def test_cuda_kernels_agree_in_any_order(reduced):
+    bins = (1, 2, 6)
+    y, (weight, bias) = cells(3, reduced, bins).requires_grad_(), affine(reduced, bins)
+    cotangent, running = torch.randn(y.shape), torch.rand(2, 3, reduced)
+
+    def run():
+        mean, var = running.clone()
+        out = pyramid_norm(y, bins, mean, var, weight, bias, training=True)
+        (dy,) = torch.autograd.grad(out, y, cotangent)
+        frozen = pyramid_norm(y, bins, mean, var, weight, bias)
+        return [out.detach(), dy, mean, var, frozen.detach(), *torch.autograd.grad(frozen, y, cotangent)]
+
+    testing.assert_same_in_any_order(OP, run)
+
+
 def test_gradcheck():
     y = cells(3, 2, (1, 2), torch.float64).requires_grad_()
     weight, bias = (t.double().requires_grad_() for t in affine(2, (1, 2)))

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from pspnet_fast import testing
-from pspnet_fast.backends import emulated
 from pspnet_fast.functional import pyramid_pool
 
 OP = "pyramid_pool"
@@ -265,31 +264,20 @@ def test_any_alignment(backend, dtype, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_kernels_agree_in_any_order(dtype, memory_format):
-    """Bulk copies or not, whichever block and thread comes first: the same bits."""
-    if not emulated():
-        pytest.skip("the CUDA kernels are not emulated: only there can the order be chosen")
-    if reason := testing.unavailable(OP, "cuda"):
-        pytest.skip(reason)
-    emulation, results = torch.ops.pspnet_fast_emulated, []
     sizes = [((2, 9, 13, 20), (1, 2, 3, 6)), ((1, 2, 97, 90), (1, 2, 3, 6))]
     tensors = [(features(size, dtype, memory_format), bins, packed(size, bins, dtype)) for size, bins in sizes]
-    try:
-        for capability, order in ((90, 0), (90, 1), (80, 2), (80, 0)):
-            emulation.set_capability(capability)
-            emulation.set_order(order)
-            results.append([])
-            for x, bins, grad in tensors:
-                leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-                with testing.use_backend("cuda"):
-                    pyramid, out = pyramid_pool(leaf, bins, reserve=(1, 3))
-                    copy = out[:, 1:-3]
-                    (dx,) = torch.autograd.grad([pyramid, copy], leaf, [grad, x.flip(2).contiguous()])
-                results[-1] += [pyramid.detach(), copy.detach(), dx]
-    finally:
-        emulation.set_capability(90)
-        emulation.set_order(0)
-    for again in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+    def run():
+        results = []
+        for x, bins, grad in tensors:
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            pyramid, out = pyramid_pool(leaf, bins, reserve=(1, 3))
+            copy = out[:, 1:-3]
+            (dx,) = torch.autograd.grad([pyramid, copy], leaf, [grad, x.flip(2).contiguous()])
+            results += [pyramid.detach(), copy.detach(), dx]
+        return results
+
+    testing.assert_same_in_any_order(OP, run)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])

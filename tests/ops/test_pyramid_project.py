@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pspnet_fast import backends, testing
+from pspnet_fast import testing
 from pspnet_fast.functional import pyramid_project
 
 OP = "pyramid_project"
@@ -94,28 +94,17 @@ def test_more_blocks_than_need_a_split(backend, dtype):
     testing.assert_as_accurate(ours, plain, [pyramid, *weights], backend)
 
 
-@pytest.mark.skipif(not backends.emulated(), reason="the CUDA kernels are not emulated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_order_of_blocks_and_threads(dtype):
-    """And either generation of cards: the same bits."""
-    if reason := testing.unavailable(OP, "cuda", dtype):
-        pytest.skip(reason)
-    emulation = torch.ops.pspnet_fast_emulated
+def test_cuda_kernels_agree_in_any_order(dtype):
     pyramid, weights = inputs(2, 136, 72, (1, 2, 6), dtype)
     leaves = [t.requires_grad_() for t in (pyramid, *weights)]
-    cotangent, runs = cotangent_of(pyramid, 72), []
-    try:
-        for seed, capability in ((0, 90), (1, 80), (2, 90)):
-            emulation.set_order(seed)
-            emulation.set_capability(capability)
-            with testing.use_backend("cuda"), testing.poisoned_memory():
-                y = pyramid_project(pyramid, weights, (1, 2, 6))
-                runs.append((y.detach(), *torch.autograd.grad(y, leaves, cotangent)))
-    finally:
-        emulation.set_order(0)
-        emulation.set_capability(90)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    cotangent = cotangent_of(pyramid, 72)
+
+    def run():
+        y = pyramid_project(pyramid, weights, (1, 2, 6))
+        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+
+    testing.assert_same_in_any_order(OP, run)
 
 
 @pytest.mark.parametrize("backend", testing.backends(OP))

@@ -60,6 +60,103 @@ def test_accuracy(backend, case, dtype, memory_format, align_corners):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and([CASES[i] for i in (0, 3, 4, 5)], OP, interpret=1))
+def test_in_place(backend, case, dtype, memory_format):
+    """The levels as forward writes them, and nothing else; the gradients of forward."""
+    size, reduced, bins, order = case
+    there = testing.device(backend)
+    x, pyramid = (t.to(there) for t in inputs(size, reduced, bins, dtype, memory_format))
+    cotangent = cotangent_of(x, reduced, bins, order, memory_format).to(there)
+    x_first = reduced * order.index(-1) if order and -1 in order else 0
+    channels = size[1] if order is None or -1 in order else 0
+    with testing.use_backend(backend):
+        leaf = pyramid.clone().requires_grad_()
+        expected = upsample_concat(x, leaf, bins, True, order)
+        (d_expected,) = torch.autograd.grad(expected, leaf, cotangent)
+        for beside in (x, torch.full_like(x, torch.nan)):  # what stands in x's channels is nobody's business
+            room = torch.full_like(expected, torch.nan)
+            room.narrow(1, x_first, channels).copy_(beside[:, :channels])
+            with torch.no_grad():
+                out = upsample_concat(room, pyramid, bins, True, order, in_place=True)
+            assert out is room
+            kept = out.narrow(1, x_first, channels)
+            assert torch.equal(kept.nan_to_num(), beside[:, :channels].nan_to_num())
+            kept.zero_()
+            others = expected.detach().clone()
+            others.narrow(1, x_first, channels).zero_()
+            assert torch.equal(out, others)
+
+        room = torch.full_like(expected, torch.nan)
+        room.narrow(1, x_first, channels).copy_(x[:, :channels])
+        before = room.requires_grad_()
+        leaf = pyramid.clone().requires_grad_()
+        out = upsample_concat(before.clone(memory_format=torch.preserve_format), leaf, bins, True, order, in_place=True)
+        assert torch.equal(out, expected)
+        d_before, d_leaf = torch.autograd.grad(out, [before, leaf], cotangent)
+    assert torch.equal(d_leaf, d_expected)
+    assert torch.equal(d_before.narrow(1, x_first, channels), cotangent.narrow(1, x_first, channels))
+
+
+WIDE = [  # beyond what CUDA keeps of a map in one block's shared memory, or of a gradient's plane
+    ((1, 1, 3, 4100), 2, (60, 1), None),
+    ((1, 2, 40, 1030), 1, (3, 6), None),
+    ((1, 1, 2, 16000), 1, (7,), (0,)),
+]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("backend", "case"), [p for p in testing.backends_and(WIDE, OP, interpret=0) if p.values[0] != "reference"]
+)
+def test_wide_maps(backend, case, memory_format):
+    size, reduced, bins, order = case
+    x, pyramid = inputs(size, reduced, bins, memory_format=memory_format)
+    testing.assert_as_accurate(
+        lambda p: upsample_concat(x.to(p.device), p, bins, True, order),
+        lambda p: testing.plain_upsample_concat(x.to(p.dtype), p, bins, True, order),
+        [pyramid],
+        backend,
+        cotangent_of(x, reduced, bins, order, memory_format),
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_more_levels_than_a_launch_takes(backend, memory_format):
+    bins = (1, 2, 1, 1, 2, 1, 1, 1, 1, 2)
+    x, pyramid = inputs((1, 2, 4, 5), 3, bins, memory_format=memory_format)
+    testing.assert_as_accurate(
+        lambda p: upsample_concat(x.to(p.device), p, bins),
+        lambda p: testing.plain_upsample_concat(x.to(p.dtype), p, bins),
+        [pyramid],
+        backend,
+        cotangent_of(x, 3, bins, None, memory_format),
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_kernels_agree_in_any_order(dtype, memory_format):
+    cases = [((2, 8, 13, 20), 16, (1, 2, 3, 6), None), ((1, 3, 61, 33), 5, (1, 6), (0, -1, 1))]
+    tensors = []
+    for size, reduced, bins, order in cases:
+        x, pyramid = inputs(size, reduced, bins, dtype, memory_format)
+        tensors.append((x, pyramid.requires_grad_(), bins, order, cotangent_of(x, reduced, bins, order, memory_format)))
+
+    def run():
+        results = []
+        for x, pyramid, bins, order, cotangent in tensors:
+            out = upsample_concat(x, pyramid, bins, True, order)
+            results += [out.detach(), *torch.autograd.grad(out, pyramid, cotangent)]
+            with torch.no_grad():
+                results.append(upsample_concat(torch.zeros_like(out), pyramid, bins, False, order, in_place=True))
+        return results
+
+    testing.assert_same_in_any_order(OP, run)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_float64(backend, memory_format):
     if reason := testing.unavailable(OP, backend):
@@ -178,6 +275,9 @@ def test_opcheck(memory_format):
     torch.library.opcheck(
         torch.ops.pspnet_fast.upsample_concat_backward.default, (grad, 3, [1, 2, 3], [-1, 0, 1, 2], True)
     )
+    room = torch.zeros(2, 15, 7, 6).contiguous(memory_format=memory_format)
+    arguments = (room, pyramid.detach(), [1, 2, 3], [-1, 0, 1, 2], True)
+    torch.library.opcheck(torch.ops.pspnet_fast.upsample_concat_fill.default, arguments)
 
 
 def test_autocast_takes_the_wider_dtype():
@@ -199,6 +299,10 @@ def test_autocast_takes_the_wider_dtype():
         (torch.zeros(1, 2, 4, 4), torch.zeros(1, 5, 3), {"order": (-1, 0, 1, 1)}, ValueError, "order"),
         (torch.zeros(1, 2, 4, 4), torch.zeros(1, 5, 3), {"order": (-1, 0, 1, 2)}, ValueError, "order"),
         (torch.zeros(1, 2, 4, 4).int(), torch.zeros(1, 5, 3), {}, TypeError, "got int32"),
+        (torch.zeros(1, 6, 4, 4), torch.zeros(1, 5, 3), {"in_place": True}, ValueError, r"B\*R = 6 more, got 6"),
+        (torch.zeros(1, 8, 4, 4), torch.zeros(1, 5, 3), {"in_place": True, "order": (1, 0)}, ValueError, "got 8"),
+        (torch.zeros(1, 8, 4, 8)[..., ::2], torch.zeros(1, 5, 3), {"in_place": True}, ValueError, "x must be dense"),
+        (torch.zeros(1, 8, 4, 4), torch.zeros(1, 5, 3).half(), {"in_place": True}, TypeError, "one dtype"),
     ],
 )
 def test_bad_input(x, pyramid, options, error, words):
