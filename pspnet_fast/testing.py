@@ -155,7 +155,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def assert_same_in_any_order(op: str, function: Callable[[], Sequence[torch.Tensor]]) -> None:
-    """Emulated CUDA kernels give the same bits whichever block and thread comes first, with bulk copies (90) or without (80)."""
+    """Emulated CUDA kernels give the same bits whichever block and thread comes first, with bulk copies or without."""
     import pytest
 
     if not emulated():

@@ -85,6 +85,7 @@ __device__ __forceinline__ void copy_part(const T* __restrict__ from, T* __restr
 // Traffic    x read once, the concatenation written once, the cells from L2
 // Shared     a tap for every row of the tile (its offsets into the table) and every column, and the table
 // kGroup     elements that share a row: a divisor of W, and the width of the table's accesses
+// Registers  48 (sm_80), 48 to 56 (sm_90), no spills
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_forward_nchw_kernel(const __grid_constant__ ForwardNchw<T> a) {
@@ -206,6 +207,7 @@ struct ForwardChannelsLast {
 //            blends the two rows of cells, keeps the two columns of cells that it stands between, and walks the pixels
 // Traffic    x read once, the concatenation written once, the cells from L1 and L2
 // Shared     the taps of 32 columns for each warp
+// Registers  vectors 48 to 52 (sm_80), 48 to 54 (sm_90), no spills
 template <class T, int kLength>
 __global__ void __launch_bounds__(kConcatThreads, 9)
     upsample_concat_forward_channels_last_kernel(const __grid_constant__ ForwardChannelsLast<T> a) {
