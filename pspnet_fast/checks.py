@@ -30,6 +30,25 @@ def check_features(op: str, x: torch.Tensor) -> None:
         raise ValueError(f"{op}: x must have at least one channel, row and column, got {tuple(x.shape)}")
 
 
+def check_logits(op: str, logits: torch.Tensor) -> None:
+    """Logits (N, K, h, w): N may be 0, the rest may not."""
+    check_tensor(op, "logits", logits, "NKHW")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"{op}: logits must have at least one class, row and column, got {tuple(logits.shape)}")
+
+
+def check_map_size(op: str, size: Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a map with pixels."""
+    if isinstance(size, (int, str)) or not isinstance(size, Sequence):
+        raise TypeError(f"{op}: size must be two integers (H, W), got {size!r}")
+    for length in size:
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"{op}: size must be integers, got {size!r}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{op}: size must be (H, W), both positive, got {size!r}")
+    return size[0], size[1]
+
+
 def check_bins(op: str, bins: Sequence[int]) -> tuple[int, ...]:
     """Bins as a tuple: at least one, all of them positive integers."""
     if isinstance(bins, (int, str)) or not isinstance(bins, Sequence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .ops.pyramid_norm import pyramid_norm
 from .ops.pyramid_pool import pyramid_pool
 from .ops.pyramid_project import pyramid_project
+from .ops.upsample_argmax import upsample_argmax
 from .ops.upsample_concat import upsample_concat
 
-__all__ = ["pyramid_norm", "pyramid_pool", "pyramid_project", "upsample_concat"]
+__all__ = ["pyramid_norm", "pyramid_pool", "pyramid_project", "upsample_argmax", "upsample_concat"]

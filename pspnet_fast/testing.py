@@ -64,6 +64,15 @@ def plain_upsample_concat(
     return torch.cat([maps[block] for block in order or range(-1, len(bins))], 1)
 
 
+def plain_upsample_argmax(
+    logits: torch.Tensor, size: Sequence[int], align_corners: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and their probabilities."""
+    maps = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
+    labels = maps.argmax(1)
+    return labels, maps.softmax(1).gather(1, labels[:, None])[:, 0]
+
+
 class PlainPPM(nn.Module):
     """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
 

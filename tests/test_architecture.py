@@ -122,6 +122,8 @@ pyramid_norm_training(Tensor y, Tensor[] weight, Tensor[] bias, Tensor(a!)[] run
 int[] bins, float[] momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)
 pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor[] weight, \
 int[] bins, bool relu) -> (Tensor, Tensor, Tensor)
+upsample_argmax(Tensor logits, SymInt[] size, bool align_corners, ScalarType dtype) -> Tensor
+upsample_argmax_confidence(Tensor logits, SymInt[] size, bool align_corners, ScalarType dtype) -> (Tensor, Tensor)
 upsample_concat(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor
 upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()
 upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor
