@@ -84,6 +84,10 @@ PSPNET_FAST_OPS(m) {
   m.def("pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, int[] bins, Tensor mean, Tensor invstd,"
         " Tensor[] weight, bool relu) -> (Tensor, Tensor, Tensor)");
 
+  m.def("upsample_argmax_forward(Tensor logits, int[] size, bool align_corners, ScalarType dtype) -> Tensor");
+  m.def("upsample_argmax_confidence(Tensor logits, int[] size, bool align_corners, ScalarType dtype)"
+        " -> (Tensor, Tensor)");
+
   m.def("upsample_concat_forward(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor");
   m.def("upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()");
   m.def("upsample_concat_backward(Tensor grad, int channels, int[] bins, int[] order, bool align_corners) -> Tensor");

@@ -8,34 +8,13 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/make_taps.h"
 #include "cpu/upsample_concat.h"
 #include "cpu/upsample_concat_kernels.h"
 #include "library.h"
 
 namespace pspnet_fast {
 namespace {
-
-class Taps {
- public:
-  Taps(int64_t size, int64_t cells, bool align_corners, Dtype dtype) {
-    for (int64_t i = 0; i < size; ++i) {
-      const BilinearTap<int64_t> tap = bilinear_tap(i, size, cells, align_corners);
-      if (runs_.empty() || runs_.back().lower != tap.lower || runs_.back().upper != tap.upper) {
-        runs_.push_back({i, i, tap.lower, tap.upper});
-      }
-      runs_.back().end = i + 1;
-      fraction_.push_back(dtype == Dtype::float64
-                              ? static_cast<double>(tap.numerator) / static_cast<double>(tap.denominator)
-                              : static_cast<float>(tap.numerator) / static_cast<float>(tap.denominator));
-    }
-  }
-
-  TapAxis axis() const { return {runs_.data(), static_cast<int64_t>(runs_.size()), fraction_.data()}; }
-
- private:
-  std::vector<TapRun> runs_;
-  std::vector<double> fraction_;
-};
 
 // How each level is sampled.
 class Sampling {

@@ -2,19 +2,9 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/taps.h"
 
 namespace pspnet_fast {
-
-// Pixels [begin, end) of an axis: they sample the same two cells.
-struct TapRun {
-  int64_t begin, end, lower, upper;
-};
-
-struct TapAxis {
-  const TapRun* runs;
-  int64_t run_count;
-  const double* fraction;  // of the upper cell, for every pixel; already rounded to the accumulator's type
-};
 
 struct UpsampleLevel {
   int64_t bins;           // cells along an axis

@@ -12,14 +12,6 @@ inline V blend(V lower, V upper, A fraction) {
   return fma(splat(fraction), upper, splat(1 - fraction) * lower);
 }
 
-inline const TapRun& run_of(const TapAxis& axis, int64_t pixel) {
-  const TapRun* run = axis.runs;
-  while (run->end <= pixel) {
-    ++run;
-  }
-  return *run;
-}
-
 // Calls body(n, level, first channel, count) for stretches of at most `most` channels of a level.
 template <class Body>
 inline void for_each_level_stretch(const UpsampleConcat& a, int64_t begin, int64_t end, int64_t most, Body body) {
@@ -84,7 +76,7 @@ void forward_channels_last(const UpsampleConcatForward& a, int64_t begin, int64_
     A* blended = columns;  // level by level [b][reduced]
     for (int64_t k = 0; k < a.level_count; ++k) {
       const UpsampleLevel& level = a.levels[k];
-      const TapRun& run = run_of(level.rows, h);
+      const TapRun& run = *find_run(level.rows, h);
       const T* const pyramid = static_cast<const T*>(a.pyramid) + (n * a.cell_count + level.first_cell) * a.reduced;
       const T* const lower = pyramid + run.lower * level.bins * a.reduced;
       const T* const upper = pyramid + run.upper * level.bins * a.reduced;
@@ -106,7 +98,7 @@ void forward_channels_last(const UpsampleConcatForward& a, int64_t begin, int64_
       const A* level_columns = columns;
       for (int64_t k = 0; k < a.level_count; ++k) {
         const UpsampleLevel& level = a.levels[k];
-        const TapRun& run = run_of(level.columns, w);
+        const TapRun& run = *find_run(level.columns, w);
         const A* const lower = level_columns + run.lower * a.reduced;
         const A* const upper = level_columns + run.upper * a.reduced;
         const A fraction = static_cast<A>(level.columns.fraction[w]);

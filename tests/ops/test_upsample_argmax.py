@@ -47,7 +47,7 @@ def test_labels_and_confidence(backend, case, dtype, memory_format, align_corner
     best = maps.topk(min(2, shape[1]), 1).values
     clear = best[:, 0] - best[:, -1] > 8 * torch.finfo(torch.float32).eps * maps.abs().max()
     clear |= torch.tensor(shape[1] == 1)
-    assert clear.float().mean() > 0.99
+    assert clear.float().mean() > (0.99 if dtype == torch.float32 else 0.8)
     assert torch.equal(labels[clear].long(), expected[clear])
     testing.assert_within(confidence, testing.plain_upsample_argmax(logits.float(), size, align_corners)[1], exact)
 

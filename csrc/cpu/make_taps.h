@@ -1,0 +1,37 @@
+// The taps of an axis, made. For dispatching files: kernels see cpu/taps.h alone.
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernel.h"
+#include "cpu/taps.h"
+#include "geometry.h"
+
+namespace pspnet_fast {
+
+class Taps {
+ public:
+  Taps(int64_t size, int64_t cells, bool align_corners, Dtype dtype) {
+    for (int64_t i = 0; i < size; ++i) {
+      BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
+      if (size == cells) {
+        tap.upper = tap.lower;  // as in torch: an axis that keeps its size spreads no NaN
+      }
+      if (runs_.empty() || runs_.back().lower != tap.lower || runs_.back().upper != tap.upper) {
+        runs_.push_back({i, i, tap.lower, tap.upper});
+      }
+      runs_.back().end = i + 1;
+      fraction_.push_back(dtype == Dtype::float64
+                              ? static_cast<double>(tap.numerator) / static_cast<double>(tap.denominator)
+                              : static_cast<float>(tap.numerator) / static_cast<float>(tap.denominator));
+    }
+  }
+
+  TapAxis axis() const { return {runs_.data(), static_cast<int64_t>(runs_.size()), fraction_.data()}; }
+
+ private:
+  std::vector<TapRun> runs_;
+  std::vector<double> fraction_;
+};
+
+}  // namespace pspnet_fast

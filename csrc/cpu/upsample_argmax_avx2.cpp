@@ -1,0 +1,1 @@
+#include "cpu/upsample_argmax_kernels.h"
