@@ -80,6 +80,18 @@ T __shfl_sync(unsigned, T value, int from) {
   emulation::part();
   return theirs;
 }
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const void* const* const all = emulation::meet(&predicate);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    votes |= static_cast<unsigned>(*static_cast<const bool*>(all[lane])) << lane;
+  }
+  emulation::part();
+  return votes;
+}
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, emulation::lane() ^ distance);
