@@ -81,7 +81,8 @@ def _native(name: str, backend: str) -> Callable[..., Any] | Refusal:
         namespace, key = "pspnet_fast_emulated", "CPU"
     elif missing := load_extension():
         return missing
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+    full = f"{namespace}::{name}"
+    if not (torch._C._dispatch_has_kernel(full) and torch._C._dispatch_has_kernel_for_dispatch_key(full, key)):
         if backend == "cuda":
             return NotBuilt(f"pspnet_fast._C was built without CUDA code for {name}")
         return NotBuilt(f"pspnet_fast._C holds no code for {name}: rebuild it from these sources")

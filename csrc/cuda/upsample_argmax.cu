@@ -43,7 +43,7 @@ struct Weights {
   float at[4];
 };
 
-__device__ __forceinline__ Weights weights_of(const BilinearTap& h, const BilinearTap& w) {
+__device__ __forceinline__ Weights weights_of(const BilinearTap<int64_t>& h, const BilinearTap<int64_t>& w) {
   const float down = fraction(static_cast<int>(h.numerator), static_cast<int>(h.denominator));
   const float right = fraction(static_cast<int>(w.numerator), static_cast<int>(w.denominator));
   return {{(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right}};
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kCellThreads) upsample_argmax_cells_kernel(con
   for (int pixel = thread; pixel < height * width; pixel += kCellThreads) {
     const int h = h_start + pixel / width, w = w_start + pixel % width;
     const Weights weights =
-        weights_of(bilinear_tap(h, a.height, a.rows, a.align_corners), bilinear_tap(w, a.width, a.columns, a.align_corners));
+        weights_of(bilinear_tap<int64_t>(h, a.height, a.rows, a.align_corners), bilinear_tap<int64_t>(w, a.width, a.columns, a.align_corners));
     Best best;
     for (int i = 0; i < count; ++i) {
       const int k = candidates[i];
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kPixelThreads) upsample_argmax_pixels_kernel(c
     return;
   }
   const int64_t line = at / a.width, n = line / a.height;
-  const BilinearTap down = bilinear_tap(line - n * a.height, a.height, a.rows, a.align_corners);
-  const BilinearTap right = bilinear_tap(at - line * a.width, a.width, a.columns, a.align_corners);
+  const BilinearTap<int64_t> down = bilinear_tap<int64_t>(line - n * a.height, a.height, a.rows, a.align_corners);
+  const BilinearTap<int64_t> right = bilinear_tap<int64_t>(at - line * a.width, a.width, a.columns, a.align_corners);
   const Weights weights = weights_of(down, right);
   const Corners<T> corners(a, n, static_cast<int>(down.lower), static_cast<int>(right.lower));
   Best best;
