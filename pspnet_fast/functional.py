@@ -6,5 +6,6 @@ from .ops.pyramid_norm import pyramid_norm
 from .ops.pyramid_pool import pyramid_pool
 from .ops.pyramid_project import pyramid_project
 from .ops.upsample_concat import upsample_concat
+from .ops.upsample_cross_entropy import upsample_cross_entropy
 
-__all__ = ["pyramid_norm", "pyramid_pool", "pyramid_project", "upsample_concat"]
+__all__ = ["pyramid_norm", "pyramid_pool", "pyramid_project", "upsample_concat", "upsample_cross_entropy"]
