@@ -9,4 +9,13 @@ from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.ppm import PPM
 
 __version__ = "0.1.0"
-__all__ = ["PPM", "PSPNet", "UpsampleCrossEntropyLoss", "__version__", "describe", "explain", "functional", "use_backend"]
+__all__ = [
+    "PPM",
+    "PSPNet",
+    "UpsampleCrossEntropyLoss",
+    "__version__",
+    "describe",
+    "explain",
+    "functional",
+    "use_backend",
+]

@@ -2,7 +2,8 @@
 //
 // A pixel needs one exponential a class: instead of a first pass for the largest class, the interpolation of the cells' own
 // largest classes is subtracted, which none exceeds. Where it is so far above that the sum loses digits, the largest class
-// is looked for after all; where a cell is not finite, the pixel is computed class by class, as written.
+// is looked for after all; where a cell is not finite, or there is one class and all must be exactly 0, the pixel is computed
+// class by class, as written.
 #pragma once
 
 #include "cpu/upsample_cross_entropy.h"
@@ -135,7 +136,7 @@ void gather_cells(const UpsampleCrossEntropy& a, int64_t y) {
     for (int lane = 1; lane < lanes; ++lane) {
       bounds[x] = largest[lane] > bounds[x] ? largest[lane] : bounds[x];
     }
-    bounds[x] = finite ? bounds[x] : static_cast<A>(__builtin_nan(""));
+    bounds[x] = finite && a.classes > 1 ? bounds[x] : static_cast<A>(__builtin_nan(""));
     if (a.label_smoothing != 0) {
       A sum = 0;
       for (int64_t k = 0; k < a.classes; ++k) {
@@ -196,17 +197,29 @@ inline A largest(const A* left, const A* right, A f, int64_t classes) {
   return most;
 }
 
-// As torch does it: the largest class, NaN if there is one, then the exponentials.
+// As torch does it: the largest class, NaN if there is one, then the exponentials. With them how far the classes stand below
+// the largest: the target, and all of them together, weighted.
 template <class A>
-inline A exponentials_as_written(const A* left, const A* right, A f, const UpsampleCrossEntropy& a, A& bound, A* to) {
-  bound = mix(left[0], right[0], f);
+struct Below {
+  A target, all;
+};
+
+template <class A>
+inline A exponentials_as_written(const UpsampleCrossEntropy& a, const A* left, const A* right, A f, int64_t target,
+                                 A* to, Below<A>& below) {
+  const auto weight = static_cast<const A*>(a.weight);
+  A most = mix(left[0], right[0], f);
   for (int64_t k = 0; k < a.pitch; ++k) {
     to[k] = k < a.classes ? mix(left[k], right[k], f) : 0;
-    bound = k < a.classes && !(to[k] <= bound) ? to[k] : bound;
+    most = k < a.classes && !(to[k] <= most) ? to[k] : most;
   }
   A sum = 0;
+  below.all = 0;
   for (int64_t k = 0; k < a.classes; ++k) {
-    to[k] = exponential(to[k] - bound);
+    const A distance = most - to[k];
+    below.target = k == target ? distance : below.target;
+    below.all += weight == nullptr ? distance : weight[k] * distance;
+    to[k] = exponential(-distance);
     sum += to[k];
   }
   return sum;
@@ -263,24 +276,26 @@ void walk_row(const UpsampleCrossEntropy& a, int64_t h, const BlendedRow<A>& row
       }
       const A f = static_cast<A>(a.column_fraction[x]);
       A* const e = row.exponentials + counted * a.pitch;
-      A bound = mix(row.bounds[run.lower], row.bounds[run.upper], f), value, sum;
+      A bound = mix(row.bounds[run.lower], row.bounds[run.upper], f), sum;
+      Below<A> below{};
       if (bound == bound) {
-        value = left[target] + f * (right[target] - left[target]);
         sum = exponentials(left, right, f, bound, a.pitch, e);
         if (!(sum > ExpConstants<A>::lost)) {
           bound = largest(left, right, f, a.classes);
           sum = exponentials(left, right, f, bound, a.pitch, e);
         }
+        below.target = bound - (left[target] + f * (right[target] - left[target]));
+        if (smoothing != 0) {
+          below.all = weight_sum * bound - mix(row.weighted_sums[run.lower], row.weighted_sums[run.upper], f);
+        }
       } else {
-        value = mix(left[target], right[target], f);
-        sum = exponentials_as_written(left, right, f, a, bound, e);
+        sum = exponentials_as_written(a, left, right, f, target, e, below);
       }
       const A target_weight = weight == nullptr ? A{1} : weight[target];
       const A of_target = (1 - smoothing) * target_weight, all = of_target + each * weight_sum;
-      A loss = all * logarithm(sum) + of_target * (bound - value);
+      A loss = all * logarithm(sum) + of_target * below.target;
       if (smoothing != 0) {
-        const A weighted = mix(row.weighted_sums[run.lower], row.weighted_sums[run.upper], f);
-        loss += each * (weight_sum * bound - weighted);
+        loss += each * below.all;
       }
       if (a.losses != nullptr) {
         static_cast<A*>(a.losses)[at] = loss;

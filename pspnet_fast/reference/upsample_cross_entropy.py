@@ -55,7 +55,5 @@ def upsample_cross_entropy_sums(
     d_upsampled = upsampled.softmax(1).mul_((of_target + of_each.sum())[:, None]).sub_(of_each[:, None, None])
     d_upsampled.scatter_add_(1, classes[:, None], -of_target[:, None])
     d_upsampled = torch.where(counts[:, None], d_upsampled.mul_(g[:, None]), 0)
-    d_logits = torch.ops.aten.upsample_bilinear2d_backward(
-        d_upsampled, target.shape[1:], logits.shape, align_corners
-    )
+    d_logits = torch.ops.aten.upsample_bilinear2d_backward(d_upsampled, target.shape[1:], logits.shape, align_corners)
     return torch.stack(sums), d_logits.contiguous(memory_format=memory_format(is_channels_last(logits)))
