@@ -59,7 +59,8 @@ def _upsample_cross_entropy_pixels_kernel(
     most = tl.full((BLOCK_W,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_W,), tl.float32)
     of_target = tl.zeros((BLOCK_W,), tl.float32)
-    weighted = tl.zeros((BLOCK_W,), tl.float32)
+    below = tl.zeros((BLOCK_W,), tl.float32)
+    base = tl.zeros((BLOCK_W,), tl.float32)
     weight_sum = 0.0
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
@@ -72,17 +73,21 @@ def _upsample_cross_entropy_pixels_kernel(
         right += y_weight * _load_classes(lower_right, offset, class_stride, mask)
         value = (1 - x_weight) * left + x_weight * right
         of_target += tl.sum(tl.where(k[None, :] == target[:, None], value, 0.0), 1)
+        larger = tl.maximum(most, tl.max(tl.where(mask & (value == value), value, float("-inf")), 1))
+        next_base = tl.where(larger == float("-inf"), 0.0, larger)
+        distance = next_base[:, None] - value
         if SMOOTH:
+            # How far all classes stand below the largest, weighted: what was summed moves with it.
             if WEIGHT:
                 class_weight = tl.load(weight_ptr + k, mask=k_mask, other=0)
             else:
                 class_weight = tl.where(k_mask, 1.0, 0.0)
+            below += weight_sum * (next_base - base)
+            below += tl.sum(tl.where(k_mask[None, :], class_weight[None, :] * distance, 0.0), 1)
             weight_sum += tl.sum(class_weight, 0)
-            weighted += tl.sum(tl.where(k_mask[None, :], class_weight[None, :] * value, 0.0), 1)
-        value = tl.where(mask, value, float("-inf"))
-        larger = tl.maximum(most, tl.max(value, 1))
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(most - base) + tl.sum(tl.exp(value - base[:, None]), 1)
+        # At first the base is 0, and may stand above the largest.
+        total = total * tl.exp(tl.minimum(base - next_base, 0.0)) + tl.sum(tl.where(mask, tl.exp(-distance), 0.0), 1)
+        base = next_base
         most = larger
     # Where every class is -inf the sum is 0, and the loss NaN.
     total = tl.where(counts, tl.where(total == 0, float("nan"), total), 1.0)
@@ -98,7 +103,7 @@ def _upsample_cross_entropy_pixels_kernel(
         factor = aim + each * weight_sum
     loss = factor * tl.log(total) + aim * (most - of_target)
     if SMOOTH:
-        loss += each * (weight_sum * most - weighted)
+        loss += each * below
     if LOSSES:
         tl.store(loss_ptr + at, tl.where(counts, loss, 0.0), mask=inside)
     else:

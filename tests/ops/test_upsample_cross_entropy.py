@@ -10,7 +10,7 @@ from pspnet_fast.geometry import is_channels_last
 OP = "upsample_cross_entropy"
 FORMATS = [torch.contiguous_format, torch.channels_last]
 CASES = [  # (N, K, h, w), (H, W), reduction, label smoothing, class weights, align_corners, scale of the logits
-    ((1, 5, 3, 4), (9, 10), "mean", 0.0, False, True, 1.0),
+    ((1, 5, 3, 2), (6, 5), "mean", 0.0, False, True, 1.0),
     ((2, 19, 2, 3), (5, 7), "none", 0.1, True, False, 3.0),
     ((2, 3, 4, 4), (4, 4), "sum", 0.1, False, True, 1.0),  # as large as the logits
     ((1, 21, 9, 11), (4, 5), "mean", 0.2, True, True, 2.0),  # smaller
@@ -77,15 +77,15 @@ def test_float64(backend, case):
 
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_bytes_are_class_numbers(backend):
-    compare(((2, 200, 2, 3), (5, 7), "mean", 0.0, True, True, 1.0), backend, torch.float32, target_dtype=torch.uint8)
+    compare(((1, 200, 2, 2), (4, 5), "mean", 0.0, True, True, 1.0), backend, torch.float32, target_dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_pixel_weight(backend, reduction):
-    logits, target, weight = inputs((2, 6, 3, 4), (7, 9), True)
+    logits, target, weight = inputs((2, 6, 2, 3), (5, 4), True)
     pixel_weight = torch.rand(target.shape)
-    pixel_weight[:, 2:5] = 0
+    pixel_weight[:, 2:4] = 0
 
     def plain(x):
         losses = testing.plain_upsample_cross_entropy(x, target, wide(weight, x), reduction="none")
@@ -129,16 +129,26 @@ def test_no_images(backend):
         assert upsample_cross_entropy(logits, target).isnan()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("backend", testing.backends(OP))
-def test_not_finite(backend, smoothing, value):
+NOT_FINITE = [
+    (math.nan, 0.1),
+    (math.inf, 0.0),
+    (-math.inf, 0.1),
+    (3e38, 0.1),
+    (-3e38, 0.1),
+    (math.inf, 0.1),
+    (-math.inf, 0.0),
+]
+
+
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(NOT_FINITE, OP, interpret=3))
+def test_not_finite(backend, case):
     """Loss and gradient are NaN and infinite where plain PyTorch's are. (No pixel lies on a cell exactly.)"""
-    logits, target, weight = inputs((1, 19, 4, 4), (7, 7), True)
+    value, smoothing = case
+    logits, target, weight = inputs((1, 17, 3, 3), (5, 5), True)
+    target = target.clamp(max=16)
     target[:, 3] = 4
-    target = target.clamp(max=18)
     logits[0, 4, 1, 2] = value
-    logits[0, :, 3, 0] = value
+    logits[0, :, 2, 0] = value
     results = []
     for function in (upsample_cross_entropy, testing.plain_upsample_cross_entropy):
         ours = function is upsample_cross_entropy
@@ -157,9 +167,9 @@ def test_not_finite(backend, smoothing, value):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_any_strides(backend, reduction):
-    base, target, _ = inputs((2, 6, 5, 8), (14, 12), False)
+    base, target, _ = inputs((2, 6, 3, 4), (5, 4), False)
     target = target.transpose(1, 2).clamp(max=2)
-    for logits in (base[:, 1:4, 1:, ::2], base[:, :3].transpose(2, 3), base.flatten()[1:181].view(2, 3, 5, 6)):
+    for logits in (base[:, 1:4, 1:, ::2], base[:, :3].transpose(2, 3), base.flatten()[1:73].view(2, 3, 4, 3)):
         cotangent = torch.randn(()).expand(target.shape) if reduction == "none" else torch.tensor(1.0)
         testing.assert_as_accurate(
             lambda x: upsample_cross_entropy(x, target.to(x.device), reduction=reduction),
@@ -199,7 +209,7 @@ def test_a_target_that_is_no_class(backend):
 @pytest.mark.parametrize("backend", [b for b in testing.backends(OP) if b.values[0] != "reference"])
 def test_memory(backend, reduction):
     """Nothing of size N*K*H*W: forward and backward take a small part of it."""
-    size, at = ((1, 64, 3, 3), (41, 41)) if backend == "triton" else ((2, 64, 10, 10), (80, 80))
+    size, at = ((1, 64, 2, 2), (17, 17)) if backend == "triton" else ((2, 64, 10, 10), (80, 80))
     logits, target, _ = inputs(size, at, False)
     leaf, target = logits.to(testing.device(backend)).requires_grad_(), target.to(testing.device(backend))
 
@@ -217,7 +227,7 @@ def test_memory(backend, reduction):
 @pytest.mark.parametrize("backend", [b for b in testing.backends(OP) if b.values[0] != "reference"])
 def test_repeats_to_the_bit(backend, reduction):
     """At every run and for every number of threads."""
-    size, at = ((1, 5, 3, 3), (9, 9)) if backend == "triton" else ((2, 40, 12, 9), (96, 70))
+    size, at = ((1, 5, 2, 2), (5, 5)) if backend == "triton" else ((2, 40, 12, 9), (96, 70))
     logits, target, weight = inputs(size, at, True)
     leaf, results, threads = logits.to(testing.device(backend)).requires_grad_(), [], torch.get_num_threads()
     try:
