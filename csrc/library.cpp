@@ -92,6 +92,11 @@ PSPNET_FAST_OPS(m) {
   m.def("upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()");
   m.def("upsample_concat_backward(Tensor grad, int channels, int[] bins, int[] order, bool align_corners) -> Tensor");
 
+  m.def("upsample_cross_entropy_losses(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
+        " float label_smoothing, bool align_corners) -> Tensor");
+  m.def("upsample_cross_entropy_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int ignore_index,"
+        " float label_smoothing, bool align_corners, bool gradient) -> (Tensor, Tensor)");
+
   // What was built, what this machine runs, and csrc/geometry.h for the test that compares the three geometries.
   m.def("cpu_capability() -> str");
   m.def("cuda_architectures() -> str");

@@ -5,7 +5,17 @@ from __future__ import annotations
 from . import functional
 from .backends import describe, explain, use_backend
 from .models.pspnet import PSPNet
+from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.ppm import PPM
 
 __version__ = "0.1.0"
-__all__ = ["PPM", "PSPNet", "__version__", "describe", "explain", "functional", "use_backend"]
+__all__ = [
+    "PPM",
+    "PSPNet",
+    "UpsampleCrossEntropyLoss",
+    "__version__",
+    "describe",
+    "explain",
+    "functional",
+    "use_backend",
+]

@@ -7,5 +7,13 @@ from .ops.pyramid_pool import pyramid_pool
 from .ops.pyramid_project import pyramid_project
 from .ops.upsample_argmax import upsample_argmax
 from .ops.upsample_concat import upsample_concat
+from .ops.upsample_cross_entropy import upsample_cross_entropy
 
-__all__ = ["pyramid_norm", "pyramid_pool", "pyramid_project", "upsample_argmax", "upsample_concat"]
+__all__ = [
+    "pyramid_norm",
+    "pyramid_pool",
+    "pyramid_project",
+    "upsample_argmax",
+    "upsample_concat",
+    "upsample_cross_entropy",
+]

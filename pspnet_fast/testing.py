@@ -73,6 +73,29 @@ def plain_upsample_argmax(
     return labels, maps.softmax(1).gather(1, labels[:, None])[:, 0]
 
 
+def plain_upsample_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    align_corners: bool = True,
+) -> torch.Tensor:
+    """In float32 for 16-bit logits, but upsampled in their own dtype, as a network would."""
+    upsampled = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners)
+    upsampled = upsampled.to(torch.promote_types(logits.dtype, torch.float32))
+    weight = None if weight is None else weight.to(upsampled.dtype)
+    return F.cross_entropy(
+        upsampled,
+        target.long(),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
 class PlainPPM(nn.Module):
     """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
 

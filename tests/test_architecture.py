@@ -127,6 +127,10 @@ upsample_argmax_confidence(Tensor logits, SymInt[] size, bool align_corners, Sca
 upsample_concat(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor
 upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()
 upsample_concat_backward(Tensor grad, SymInt channels, int[] bins, int[] order, bool align_corners) -> Tensor
+upsample_cross_entropy_losses(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, \
+bool align_corners, bool check_targets) -> Tensor
+upsample_cross_entropy_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int ignore_index, \
+float label_smoothing, bool align_corners, bool check_targets, bool gradient) -> (Tensor, Tensor)
 """.strip().splitlines()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .losses import UpsampleCrossEntropyLoss
 from .ppm import PPM
 
-__all__ = ["PPM"]
+__all__ = ["PPM", "UpsampleCrossEntropyLoss"]

@@ -1,0 +1,1 @@
+#include "cpu/upsample_cross_entropy_kernels.h"
