@@ -199,8 +199,8 @@ def upsample_cross_entropy_refuses(*args: Any) -> str | None:
 
 PIXEL_TILE = {"BLOCK_W": 32, "BLOCK_K": 16}
 PIXEL_WARPS = 4
-GRADIENT_TILE = {"BLOCK_W": 8, "BLOCK_K": 32}
-GRADIENT_WARPS = 2
+GRADIENT_TILE = {"BLOCK_W": 8, "BLOCK_K": 16}
+GRADIENT_WARPS = 1
 
 
 def _run(
@@ -277,9 +277,7 @@ def upsample_cross_entropy_sums(
 
 
 def _compile_cases() -> Iterator[CompileCase]:
-    types = {
-        name: "*fp32" for name in ("weight_ptr", "pixel_weight_ptr", "loss_ptr", "state_ptr", "sums_ptr", "out_ptr")
-    }
+    types = dict.fromkeys(("weight_ptr", "pixel_weight_ptr", "loss_ptr", "state_ptr", "sums_ptr", "out_ptr"), "*fp32")
     types.update(target_ptr="*i64", smoothing="fp32")
     for dtype, align_corners, smooth in ((torch.bfloat16, True, False), (torch.float32, False, True)):
         options = {"ALIGN": align_corners, "WEIGHT": smooth, "SMOOTH": smooth}
