@@ -199,7 +199,7 @@ def upsample_cross_entropy_refuses(*args: Any) -> str | None:
 
 PIXEL_TILE = {"BLOCK_W": 32, "BLOCK_K": 16}
 PIXEL_WARPS = 4
-GRADIENT_TILE = {"BLOCK_W": 8, "BLOCK_K": 16}
+GRADIENT_TILE = {"BLOCK_W": 4, "BLOCK_K": 16}
 GRADIENT_WARPS = 1
 
 
