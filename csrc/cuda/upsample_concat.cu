@@ -1,4 +1,5 @@
-// upsample_concat in CUDA: tiles, launches and registration. The kernels: upsample_concat_forward.h, upsample_concat_backward.h.
+// upsample_concat in CUDA: tiles, launches, registration. The kernels: upsample_concat_forward.h and _backward.h.
+// For two memory formats and both directions each tile has its own reasons, which makes this file as long as it is.
 
 #include "../upsample_concat.h"
 
@@ -295,7 +296,8 @@ void backward_channels_last(const char* op, const Launcher& launch, const Concat
   counts.insert(counts.end(), {sizes.reduced, sizes.blocks.total_channels});
   constexpr int64_t kTaps = kConcatThreads * sizeof(Tap);
   with_length<T>(counts, {a.grad}, [&](auto length) {
-    const int64_t column_bytes = int64_t{length} * kWarp * static_cast<int64_t>(sizeof(float)), bins = most_bins(concat);
+    const int64_t column_bytes = int64_t{length} * kWarp * static_cast<int64_t>(sizeof(float));
+    const int64_t bins = most_bins(concat);
     a.tiles = static_cast<int>(divide_up(concat.reduced, int64_t{length} * kWarp));
     a.split_columns = static_cast<int>(cell_rows_of(divide_up(concat.width, kConcatWarps), concat.width, bins));
     const bool split = concat.width >= 4 * kConcatWarps && kConcatWarps * a.split_columns * column_bytes <= kStageBytes;

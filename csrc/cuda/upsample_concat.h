@@ -47,6 +47,21 @@ __device__ __forceinline__ Support support_of(int cell, int size, int cells, boo
           tap_start(cell + 1, size, cells, align_corners)};
 }
 
+// A vector as it lies in memory, for what waits in registers: of 16-bit elements the compiler would make packing and
+// unpacking, and stores of two bytes.
+template <class T, int kLength>
+using Raw = std::conditional_t<kLength * sizeof(T) == kAccessBytes, uint4, Vector<T, kLength>>;
+
+template <class T, int kLength>
+__device__ __forceinline__ Raw<T, kLength> load_raw(const T* from) {
+  return *reinterpret_cast<const Raw<T, kLength>*>(from);
+}
+
+template <class T, int kLength>
+__device__ __forceinline__ void store_raw(T* to, const Raw<T, kLength>& value) {
+  *reinterpret_cast<Raw<T, kLength>*>(to) = value;
+}
+
 // How many elements a pointer stands past a multiple of 16 bytes.
 template <class T>
 __device__ __forceinline__ int elements_past_access(const T* pointer) {

@@ -1,5 +1,6 @@
-// upsample_concat backward: the kernels, for NCHW one that stages planes and one for maps too wide for it, for channels_last
-// a pass along W and one along H. All are gathers and sum in an order that only the sizes decide. No torch.
+// upsample_concat backward: the kernels, for NCHW one that stages planes and one for maps too wide for it, for
+// channels_last a pass along W and one along H. All are gathers, and sum in an order that only the sizes and the dtype
+// decide. No torch.
 #pragma once
 
 #include "cuda/upsample_concat.h"
@@ -23,8 +24,8 @@ struct BackwardNchw {
   int log_strips[kConcatLevels];  // a cell row's rows of pixels are shared out among 2^this threads
 };
 
-// Brings `count` elements to shared memory, as far past 16 bytes as they stand in global memory: where that is. Waits for
-// nothing: what is bulk completes on the barrier, the rest with copy_async_wait.
+// Brings `count` elements to shared memory, as far past 16 bytes as they stand in global memory: where that is.
+// It waits for nothing: what is bulk completes on the barrier, the rest with copy_async_wait.
 template <class T>
 __device__ __forceinline__ T* stage(const T* __restrict__ from, int count, T* memory, bool bulk, Barrier* barrier) {
   const int tid = static_cast<int>(threadIdx.x), lead = elements_past_access(from);
@@ -69,12 +70,12 @@ __device__ __forceinline__ void add_rows(float (&sum)[kGroup], const T* column, 
 }
 
 // Grid     `planes` planes of one level of one image, level after level, image after image
-// Tile     the planes, or where there is one its bands of rows, staged in shared memory as they are; a thread sums kGroup
-//          columns over every 2^log_strips-th row of a cell row's; then eight lanes sum a cell along W
+// Tile     the planes, or where there is one its bands of rows, staged in shared memory as they are; a thread sums
+//          kGroup columns over every 2^log_strips-th row of a cell row's; then eight lanes sum a cell along W
 // Traffic  the levels' planes read once, N * S * R written
-// Shared   the barrier, the supports of rows and columns of cells, the weights of the columns and of a band's rows, the sums
-//          [planes][bins][strips][W], the band
-// Registers  29 to 55 (sm_80), 54 to 64 (sm_90), no spills
+// Shared   the barrier, the supports of rows and columns of cells, the band, the weights of its rows and of the
+//          columns, the sums [planes][bins][strips][W]
+// Registers 31 (sm_80), 54 (sm_90) for bfloat16 and W % 4 == 0; float32 55 and 64; no spills
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_nchw_kernel(const __grid_constant__ BackwardNchw<T> a) {
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kConcatThreads, 8)
 // Tile     the pixels that the cell is part of, row after row, lanes along W
 // Traffic  the planes read up to four times, from L2 where planes fit; N * S * R written
 // For maps of which not even one row of sums for each cell row fits into shared memory.
-// Registers  46 (sm_80), 48 (sm_90), no spills
+// Registers 46 (sm_80), 46 (sm_90) for bfloat16, no spills
 template <class T>
 __global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_nchw_cells_kernel(const __grid_constant__ BackwardNchw<T> a) {
@@ -215,7 +216,8 @@ __global__ void __launch_bounds__(kConcatThreads, 8)
   const int cell_row = (cell - level.first_cell) / level.bins, cell_column = (cell - level.first_cell) % level.bins;
   const Support rows = support_of(cell_row, concat.height, level.bins, concat.align_corners);
   const Support columns = support_of(cell_column, concat.width, level.bins, concat.align_corners);
-  const T* const plane = a.grad + (n * concat.total_channels + level.first_channel + channel) * concat.height * concat.width;
+  const int64_t plane_number = n * concat.total_channels + level.first_channel + channel;
+  const T* const plane = a.grad + plane_number * concat.height * concat.width;
   const auto weight = [&](const Support& support, int e, int size, int& pixel) {
     const int uppers = support.upper_end - support.upper_begin;
     pixel = e < uppers ? support.upper_begin + e : support.lower_begin + e - uppers;
@@ -269,11 +271,11 @@ __device__ __forceinline__ void store_floats(float* to, const float (&values)[kL
 }
 
 // Grid     kWarp vectors of a level's channels in kConcatWarps / splits rows
-// Tile     a warp walks a row, or its part of it, run by run of pixels between the same two columns of cells, whose sums it
-//          keeps, kRowsInFlight pixels in flight; parts are added in shared memory, in their order
+// Tile     a warp walks a row, or its part of it, run by run of pixels between the same two columns of cells, whose
+//          sums it keeps, kRowsInFlight pixels in flight; parts are added in shared memory, in their order
 // Traffic  the levels' channels read once; N * H * columns * R float32 written (12 columns for bins 1, 2, 3, 6)
 // Shared   the taps of 32 columns for each warp, the columns of cells of each part and their sums
-// Registers  vectors 73 to 81 (sm_80), 78 to 115 (sm_90), no spills
+// Registers 81 (sm_80), 84 (sm_90) for vectors of bfloat16, no spills
 template <class T, int kLength>
 __global__ void __launch_bounds__(kConcatThreads, 4)
     upsample_concat_backward_rows_kernel(const __grid_constant__ BackwardChannelsLast<T> a) {
@@ -341,11 +343,11 @@ __global__ void __launch_bounds__(kConcatThreads, 4)
       const int run = min(count, tap_start(cell + 1, width, bins, concat.align_corners) - first);
 #pragma unroll 1
       for (; i < run; i += kRowsInFlight) {
-        Vector<T, kLength> values[kRowsInFlight];
+        Raw<T, kLength> values[kRowsInFlight];
 #pragma unroll
         for (int u = 0; u < kRowsInFlight; ++u) {
           if (i + u < run) {
-            values[u] = load<kLength>(from);
+            values[u] = load_raw<T, kLength>(from);
             from += pitch;
           }
         }
@@ -353,9 +355,10 @@ __global__ void __launch_bounds__(kConcatThreads, 4)
         for (int u = 0; u < kRowsInFlight; ++u) {
           if (i + u < run) {
             const Tap tap = taps[i + u];
+            const Vector<T, kLength> pixel = *reinterpret_cast<const Vector<T, kLength>*>(&values[u]);
 #pragma unroll
             for (int e = 0; e < kLength; ++e) {
-              const float value = to_float(values[u].at[e]);
+              const float value = to_float(pixel.at[e]);
               low[e] += tap.rest * value;
               high[e] += tap.fraction * value;
             }
@@ -407,7 +410,7 @@ __global__ void __launch_bounds__(kConcatThreads, 4)
 // Tile     each warp sums every fourth row that the cell is part of; the four sums are added in shared memory
 // Traffic  the rows' float32 sums read twice (L2), N * S * R written
 // Shared   the weights of 32 rows for each warp, the four sums
-// Registers  56 (sm_80), 58 (sm_90), no spills
+// Registers 56 (sm_80), 58 (sm_90) for vectors, no spills
 template <class T, int kLength>
 __global__ void __launch_bounds__(kConcatThreads, 8)
     upsample_concat_backward_cells_kernel(const __grid_constant__ BackwardChannelsLast<T> a) {
