@@ -4,6 +4,8 @@
 // largest classes is subtracted, which none exceeds. Where it is so far above that the sum loses digits, the largest class
 // is looked for after all; where a cell is not finite, or there is one class and all must be exactly 0, the pixel is computed
 // class by class, as written.
+//
+// Past 300 lines: losses, sums and the gradient are one walk over the pixels with three ends, and the careful walk beside it.
 #pragma once
 
 #include "cpu/upsample_cross_entropy.h"

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_bins, check_features
+from ..functional import upsample_argmax
+from ..nn.losses import UpsampleCrossEntropyLoss
 from ..nn.ppm import PPM
 from .checkpoint import Loadable, bare_state_dict, read_checkpoint
 from .resnet import Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
@@ -60,7 +62,8 @@ class PSPNet(Loadable):
         classes: number of classes K.
         zoom_factor: 1, 2, 4 or 8, the size of the logits in eighths of the input.
         use_ppm: without it, the classifier reads the backbone.
-        criterion: (logits (N, K, h, w), targets (N, h, w)) to a loss; None is cross entropy that ignores label 255.
+        criterion: (logits (N, K, h, w), targets (N, h, w)) to a loss; None is cross entropy that ignores label 255. An
+            `UpsampleCrossEntropyLoss`, as None makes, gets the logits before they are upsampled, which then never are.
         pretrained: None (or False) to start at random, or the path of a checkpoint, read with `weights_only=True`, or a
             state_dict: of this network, or of the ResNet alone with ImageNet's names (`conv1`, `layer1`, ..., `fc`). Or
             "torchvision": the ImageNet weights of the installed torchvision, which then downloads them if it must; for
@@ -126,7 +129,7 @@ class PSPNet(Loadable):
         self.zoom_factor = zoom_factor
         self.use_ppm = use_ppm
         self.align_corners = align_corners
-        self.criterion = nn.CrossEntropyLoss(ignore_index=255) if criterion is None else criterion
+        self.criterion = UpsampleCrossEntropyLoss(align_corners=align_corners) if criterion is None else criterion
         self.backbone = backbone
         choices: Choices = {
             "stem": stem,
@@ -178,15 +181,23 @@ class PSPNet(Loadable):
         height, width = ((size - 1) * self.zoom_factor // 8 + 1 for size in x.shape[2:])
         targets = self._targets(x, y, (height, width)) if self.training and y is not None else None
 
-        logits = self._resize(self.cls(self.ppm(fourth) if self.use_ppm else fourth), (height, width))
+        logits = self.cls(self.ppm(fourth) if self.use_ppm else fourth)
         if not self.training:
-            return logits
-        aux_logits = None if self.aux is None else self._resize(self.aux(third), (height, width))
+            return self._resize(logits, (height, width))
+        aux_logits = None if self.aux is None else self.aux(third)
         if targets is None:
-            return TrainingLogits(logits, aux_logits)
-        main_loss = self.criterion(logits, targets)
-        aux_loss = main_loss.new_zeros(()) if aux_logits is None else self.criterion(aux_logits, targets)
-        return TrainingOutput(logits.argmax(1), main_loss, aux_loss)
+            aux_logits = None if aux_logits is None else self._resize(aux_logits, (height, width))
+            return TrainingLogits(self._resize(logits, (height, width)), aux_logits)
+        main_loss = self._loss(logits, targets)
+        aux_loss = main_loss.new_zeros(()) if aux_logits is None else self._loss(aux_logits, targets)
+        prediction = cast(torch.Tensor, upsample_argmax(logits, (height, width), self.align_corners, dtype=torch.int64))
+        return TrainingOutput(prediction, main_loss, aux_loss)
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.criterion, UpsampleCrossEntropyLoss):
+            logits = self._resize(logits, cast("tuple[int, int]", tuple(targets.shape[1:])))
+        loss: torch.Tensor = self.criterion(logits, targets)
+        return loss
 
     def _features_of(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(maps, (list, tuple)) or len(maps) < 2:

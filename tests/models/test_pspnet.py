@@ -451,3 +451,26 @@ class Returns(nn.Module):
 def test_bad_backbone_is_named(returned, error, message):
     with pytest.raises(error, match=f"PSPNet: backbone {message}|PSPNet: backbone .*{message}"):
         tiny(backbone=Returns(returned))(torch.zeros(1, 3, 33, 33))
+
+
+def test_training_builds_no_upsampled_logits(monkeypatch):
+    """The default loss and the prediction come from the logits at the features' size, and equal the plain ones."""
+    ours = PSPNet(layers=18, classes=5, dropout=0.0).train()
+    plain = copy.deepcopy(ours)
+    plain.criterion = nn.CrossEntropyLoss(ignore_index=255)
+    x, y = torch.randn(2, 3, 65, 57), torch.randint(0, 5, (2, 65, 57))
+    y[:, :9] = 255
+    expected = plain(x, y)
+    (expected.main_loss + 0.4 * expected.aux_loss).backward()
+
+    def no_resize(logits, size):
+        raise AssertionError(f"logits upsampled to {size}")
+
+    monkeypatch.setattr(ours, "_resize", no_resize)
+    got = ours(x, y)
+    (got.main_loss + 0.4 * got.aux_loss).backward()
+    torch.testing.assert_close((got.main_loss, got.aux_loss), (expected.main_loss, expected.aux_loss))
+    assert got.prediction.dtype == torch.int64
+    assert (got.prediction == expected.prediction).float().mean() > 0.999  # but for two classes within rounding
+    for mine, theirs in zip(ours.cls.parameters(), plain.cls.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
