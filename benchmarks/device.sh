@@ -6,6 +6,7 @@
 #
 # Logs, JSON and report.md go to the folder that OUT names (build/device). A section that fails does not stop the others; the
 # exit status is the number that failed. What a machine cannot do (no GPU, no nvcc, no compute-sanitizer) is said, and skipped.
+# Each section has its share of the nine minutes, and keeps what it has when that ends; PATIENCE=3 gives it three times as much.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,6 +18,7 @@ export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset PSPNET_FAST_BACKEND TRITON_INTERPRET PSPNET_FAST_CUDA_EMULATION
 
 $PYTHON -c 'import torch' || { echo "device.sh: $PYTHON has no torch: set PYTHON" >&2; exit 64; }
+within() { timeout "$(($1 * ${PATIENCE:-1}))" "${@:2}"; }
 failed=0
 skipped() { echo "$1: not done: $2"; }
 has_gpu() { $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
@@ -29,7 +31,7 @@ build() {
   architecture=$($PYTHON -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "9.0")')
   echo "build: for compute capability $architecture, log in $OUT/build.log"
   rm -rf "$SITE"
-  PSPNET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$architecture MAX_JOBS=${MAX_JOBS:-$(nproc)} timeout 240 \
+  PSPNET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$architecture MAX_JOBS=${MAX_JOBS:-$(nproc)} within 130 \
     $PYTHON setup.py build --build-base build/device-base --build-lib "$SITE" >"$OUT/build.log" 2>&1 ||
     { tail -n 30 "$OUT/build.log"; return 1; }
   $PYTHON -P -m pspnet_fast.cli doctor | tee "$OUT/machine.txt"
@@ -39,7 +41,7 @@ correctness() {
   needs_gpu || { skipped correctness "$(why_not)"; return; }
   local parallel=()
   $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n 6)
-  timeout 240 $PYTHON -P -m pytest -q "${parallel[@]}" -p no:cacheprovider -o addopts=--import-mode=importlib \
+  within 170 $PYTHON -P -m pytest -q "${parallel[@]}" -p no:cacheprovider -o addopts=--import-mode=importlib \
     tests/test_gpu.py tests/ops tests/nn tests/test_geometry.py 2>&1 | tee "$OUT/correctness.log" | tail -n 25
 }
 
@@ -51,7 +53,7 @@ sanitizer() {
   local status=0
   for check in memcheck racecheck; do
     # Without torch's cache every tensor is an allocation of its own, so that memcheck sees where it ends.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$tool" --tool $check --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 30 "$tool" --tool $check --error-exitcode 9 \
       $PYTHON benchmarks/device.py sanitize >"$OUT/sanitizer_$check.log" 2>&1 || status=1
     echo "sanitizer: $check: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitizer_$check.log" || tail -n 3 "$OUT/sanitizer_$check.log")"
   done
@@ -60,7 +62,7 @@ sanitizer() {
 
 measure() {
   needs_gpu || { skipped "$1" "$(why_not)"; return; }
-  timeout 200 $PYTHON benchmarks/device.py "$1" --output "$OUT/$1.json"
+  within 90 $PYTHON benchmarks/device.py "$1" --output "$OUT/$1.json"
 }
 ops() { measure ops; }
 ppm() { measure ppm; }
