@@ -2,6 +2,8 @@
 
 Sums over a level are one program's for each block of channels, in float32 and in a fixed order; the elementwise passes
 take the packed pyramid's rows as they come.
+
+Past 300 lines: six launchers, for training in one and for a process group in parts.
 """
 
 from __future__ import annotations

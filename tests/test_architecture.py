@@ -90,13 +90,14 @@ def test_an_op_has_its_files(op):
     for folder in ("pspnet_fast/ops", "pspnet_fast/reference", "kernels"):
         assert (ROOT / folder / f"{op}.py").is_file()
     assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file()
+    assert (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file()
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
     assert op in functional.__all__
     assert op in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @pytest.mark.parametrize("op", backends.ops())
 def test_a_backend_has_every_direction(op, backend):
     for direction in backends.directions(op):

@@ -1,4 +1,5 @@
 // The kernels of upsample_argmax, compiled once for each instruction set (vec.h).
+// Past 300 lines: a cell has a pruned walk, a plain one and a careful one for what is not finite, which share its state.
 #pragma once
 
 #include "cpu/exp.h"

@@ -77,6 +77,12 @@ __device__ __forceinline__ void store_whole(T* to, const Vector<T, kVector<T>>& 
 #endif
 }
 
+// How many elements a pointer lies behind a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ int skew_of(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(T));
+}
+
 // Division by a number that the host knows: a multiplication and a shift (Granlund & Montgomery, PLDI 1994, figure 4.1).
 // Exact for dividends below 2^31.
 struct Divisor {

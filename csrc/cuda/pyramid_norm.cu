@@ -86,31 +86,31 @@ dim3 grid_of(const Norm& a, unsigned z = 1) {
   return dim3(static_cast<unsigned>(divide_up(a.channels, kChannels)), static_cast<unsigned>(a.level_count), z);
 }
 
-template <bool APPLY>
-void launch_statistics(const char* op, const Tensor& y, const Norm& a, const Bins& bins, const Lists& lists) {
+// kernel(T{}, V) is the one for elements T by V at a time.
+template <class Kernel>
+void launch_reduction(const char* op, const Tensor& y, const Norm& a, const Bins& bins, const Lists& lists,
+                      Kernel kernel) {
   const Launcher launch(op, y);
   dispatch_dtype(y.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    with_vectors<T>(a, [&](auto v) {
-      constexpr int V = decltype(v)::value;
+    with_vectors<decltype(zero)>(a, [&](auto v) {
       for_each_group(a, bins, lists, [&](const Norm& group) {
-        launch(pyramid_norm_statistics_kernel<T, V, APPLY>, grid_of(group), kThreads, kSumBytes<V>, group);
+        launch(kernel(zero, v), grid_of(group), kThreads, kSumBytes<decltype(v)::value>, group);
       });
     });
   });
 }
 
 template <bool APPLY>
+void launch_statistics(const char* op, const Tensor& y, const Norm& a, const Bins& bins, const Lists& lists) {
+  launch_reduction(op, y, a, bins, lists, [](auto zero, auto v) {
+    return &pyramid_norm_statistics_kernel<decltype(zero), decltype(v)::value, APPLY>;
+  });
+}
+
+template <bool APPLY>
 void launch_sums(const char* op, const Tensor& y, const Norm& a, const Bins& bins, const Lists& lists) {
-  const Launcher launch(op, y);
-  dispatch_dtype(y.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    with_vectors<T>(a, [&](auto v) {
-      constexpr int V = decltype(v)::value;
-      for_each_group(a, bins, lists, [&](const Norm& group) {
-        launch(pyramid_norm_sums_kernel<T, V, APPLY>, grid_of(group), kThreads, kSumBytes<V>, group);
-      });
-    });
+  launch_reduction(op, y, a, bins, lists, [](auto zero, auto v) {
+    return &pyramid_norm_sums_kernel<decltype(zero), decltype(v)::value, APPLY>;
   });
 }
 

@@ -56,10 +56,4 @@ __device__ __forceinline__ const Table* to_shared(void* memory, const Table& tab
   return static_cast<const Table*>(memory);
 }
 
-// How many elements a pointer lies behind a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ int skew_of(const T* pointer) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(T));
-}
-
 }  // namespace pspnet_fast::cuda

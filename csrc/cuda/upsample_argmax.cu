@@ -2,7 +2,8 @@
 //
 // Where the logits are stretched far, a block owns the pixels between four nodes, a cell: it keeps the nodes of every
 // class in shared memory, and then only looks at classes that may win there. Where cells have few pixels, or there are
-// more classes than shared memory holds, a thread owns a pixel and looks at all classes.
+// more classes than shared memory holds, a thread owns a pixel and looks at all classes. Past 300 lines: both ways, and the
+// choice between them, are read together.
 
 #include "upsample_argmax.h"
 

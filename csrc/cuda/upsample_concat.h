@@ -62,10 +62,4 @@ __device__ __forceinline__ void store_raw(T* to, const Raw<T, kLength>& value) {
   *reinterpret_cast<Raw<T, kLength>*>(to) = value;
 }
 
-// How many elements a pointer stands past a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ int elements_past_access(const T* pointer) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(T));
-}
-
 }  // namespace pspnet_fast::cuda

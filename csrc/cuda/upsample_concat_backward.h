@@ -1,6 +1,7 @@
 // upsample_concat backward: the kernels, for NCHW one that stages planes and one for maps too wide for it, for
 // channels_last a pass along W and one along H. All are gathers, and sum in an order that only the sizes and the dtype
 // decide. No torch.
+// Past 300 lines: four kernels that walk one sum in four ways, read beside each other.
 #pragma once
 
 #include "cuda/upsample_concat.h"
@@ -28,7 +29,7 @@ struct BackwardNchw {
 // It waits for nothing: what is bulk completes on the barrier, the rest with copy_async_wait.
 template <class T>
 __device__ __forceinline__ T* stage(const T* __restrict__ from, int count, T* memory, bool bulk, Barrier* barrier) {
-  const int tid = static_cast<int>(threadIdx.x), lead = elements_past_access(from);
+  const int tid = static_cast<int>(threadIdx.x), lead = skew_of(from);
   T* const to = memory + lead;
   const int head = min(lead == 0 ? 0 : kVector<T> - lead, count);
   const int vectors = (count - head) / kVector<T>, tail = head + vectors * kVector<T>;

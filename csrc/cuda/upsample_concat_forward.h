@@ -1,4 +1,4 @@
-// upsample_concat forward: the kernels, one for each memory format. No torch.
+// upsample_concat forward: the kernels, one for each memory format, which makes it as long as it is. No torch.
 #pragma once
 
 #include "cuda/upsample_concat.h"
@@ -40,13 +40,13 @@ __device__ __forceinline__ Vector<float, kGroup> blend_rows(const float* table, 
 template <class T>
 __device__ __forceinline__ void copy_part(const T* __restrict__ from, T* __restrict__ to, int64_t count, int block) {
   constexpr int kPart = kCopyBytes / static_cast<int>(sizeof(T));
-  const int lead = elements_past_access(to);
+  const int lead = skew_of(to);
   const int64_t start = static_cast<int64_t>(block) * kPart - lead;
   const int begin = start < 0 ? static_cast<int>(-start) : 0;
   const int end = static_cast<int>(min(static_cast<int64_t>(kPart), count - start));
   from += start;
   to += start;
-  const bool alike = elements_past_access(from) == 0;
+  const bool alike = skew_of(from) == 0;
   const int first = alike ? (begin + kVector<T> - 1) / kVector<T> : 0, last = alike ? end / kVector<T> : 0;
   const int tid = static_cast<int>(threadIdx.x);
   const uint4* const read = reinterpret_cast<const uint4*>(from);  // indexed as such: else stores come in four parts
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kConcatThreads, 8)
 
   const int64_t first_plane = n * concat.total_channels + level.first_channel + channel;
   T* const out = a.out + first_plane * plane_size + static_cast<int64_t>(row) * concat.width + column;
-  const int length = planes * rows * columns, lead = elements_past_access(out);
+  const int length = planes * rows * columns, lead = skew_of(out);
   for (int start = tid * kVector<T> - lead; start < length; start += kConcatThreads * kVector<T>) {
     const int from = max(start, 0);
     int h = a.by_columns.quotient(from), w = from - h * a.columns;

@@ -2,7 +2,8 @@
 //
 // Two kernels. The first walks the pixels: each one's loss, and what its gradient needs, its largest class and a few factors.
 // The second walks the cells: each gathers its gradient from the pixels around it, whose exponentials are computed again, so
-// that nothing is added by two blocks and nothing of the size of the upsampled logits is kept.
+// that nothing is added by two blocks and nothing of the size of the upsampled logits is kept. Past 300 lines: the second
+// computes again what the first did, and is read beside it.
 
 #include <cuda_runtime.h>
 
