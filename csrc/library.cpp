@@ -88,6 +88,11 @@ PSPNET_FAST_OPS(m) {
   m.def("upsample_argmax_confidence(Tensor logits, int[] size, bool align_corners, ScalarType dtype)"
         " -> (Tensor, Tensor)");
 
+  m.def("pyramid_conv2d_forward(Tensor(a!) out, Tensor taps, Tensor? scale, Tensor? shift, bool add, bool relu, int[] size,"
+        " int[] bins, int kernel_size, int padding, bool align_corners) -> ()");
+  m.def("pyramid_conv2d_backward(Tensor grad, int[] size, int[] bins, int kernel_size, int padding, bool align_corners)"
+        " -> Tensor");
+
   m.def("upsample_concat_forward(Tensor x, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> Tensor");
   m.def("upsample_concat_fill(Tensor(a!) out, Tensor pyramid, int[] bins, int[] order, bool align_corners) -> ()");
   m.def("upsample_concat_backward(Tensor grad, int channels, int[] bins, int[] order, bool align_corners) -> Tensor");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ops.pyramid_conv2d import pyramid_conv2d
 from .ops.pyramid_norm import pyramid_norm
 from .ops.pyramid_pool import pyramid_pool
 from .ops.pyramid_project import pyramid_project
@@ -10,6 +11,7 @@ from .ops.upsample_concat import upsample_concat
 from .ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
+    "pyramid_conv2d",
     "pyramid_norm",
     "pyramid_pool",
     "pyramid_project",

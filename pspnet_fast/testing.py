@@ -96,6 +96,21 @@ def plain_upsample_cross_entropy(
     )
 
 
+def plain_pyramid_conv2d(
+    pyramid: torch.Tensor,
+    weight: torch.Tensor,
+    size: Sequence[int],
+    bins: Sequence[int],
+    padding: int = 1,
+    align_corners: bool = True,
+) -> torch.Tensor:
+    maps = []
+    for b, level in zip(bins, levels(pyramid, bins), strict=True):
+        grid = level.transpose(1, 2).unflatten(2, (b, b))
+        maps.append(F.interpolate(grid, tuple(size), mode="bilinear", align_corners=align_corners))
+    return F.conv2d(torch.cat(maps, 1), weight, padding=padding)
+
+
 class PlainPPM(nn.Module):
     """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
 

@@ -114,6 +114,11 @@ pyramid_pool_concat(Tensor x, int[] bins, SymInt channels, SymInt first_channel)
 pyramid_pool_backward(Tensor grad, Tensor? grad_input, SymInt[] size, int[] bins, bool channels_last) -> Tensor
 pyramid_project(Tensor pyramid, Tensor[] weight, int[] bins, Tensor? scale, Tensor? shift, bool relu) -> Tensor
 pyramid_project_backward(Tensor grad, Tensor pyramid, Tensor[] weight, int[] bins) -> (Tensor, Tensor)
+pyramid_conv2d(Tensor taps, SymInt[] size, int[] bins, int kernel_size, int padding, bool align_corners, \
+ScalarType dtype, bool channels_last) -> Tensor
+pyramid_conv2d_update(Tensor(a!) out, Tensor taps, Tensor? scale, Tensor? shift, bool add, bool relu, SymInt[] size, \
+int[] bins, int kernel_size, int padding, bool align_corners) -> ()
+pyramid_conv2d_backward(Tensor grad, SymInt[] size, int[] bins, int kernel_size, int padding, bool align_corners) -> Tensor
 pyramid_norm_statistics(Tensor y, int[] bins) -> (Tensor, Tensor)
 pyramid_norm(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] bins, bool relu) -> Tensor
 pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, int[] bins, bool relu) -> (Tensor, Tensor)

@@ -1,0 +1,1 @@
+#include "cpu/pyramid_conv2d_kernels.h"
