@@ -56,8 +56,9 @@ def pyramid_conv2d(
         align_corners: as in `torch.nn.functional.interpolate`.
         out: a dense tensor (N, O, H', W') in NCHW or channels_last order, to which the result is added in place, and which
             is returned. (A training step under torch.compile adds out of place.)
-        scale, shift: float32 (O,), and
-        relu: what a folded batch norm and its activation do to the sum, act(scale * y + shift): without gradients alone.
+        scale: float32 (O,), a folded batch norm's factor of the sum; this, shift and relu without gradients alone.
+        shift: float32 (O,), what it adds then.
+        relu: whether a ReLU follows.
         memory_format: of the result, where `out` is not given.
 
     Returns:
@@ -147,7 +148,9 @@ def _taps(pyramid: torch.Tensor, weight: torch.Tensor, bins: Sequence[int]) -> t
     products = []
     for k, level in enumerate(levels(pyramid, bins)):
         block = rows.narrow(2, k * reduced, reduced).flatten(0, 1)
-        products.append((level.flatten(0, 1).to(wide) @ block.to(wide).t()).view(n, level.shape[1], channels, area))
+        with torch.autocast(pyramid.device.type, enabled=False):
+            product = level.flatten(0, 1).to(wide) @ block.to(wide).t()
+        products.append(product.view(n, level.shape[1], channels, area))
     return torch.cat(products, 1).transpose(2, 3).contiguous()
 
 
