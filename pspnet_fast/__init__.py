@@ -7,10 +7,12 @@ from .backends import describe, explain, use_backend
 from .models.pspnet import PSPNet
 from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.ppm import PPM
+from .nn.psp_head import PSPHead
 
 __version__ = "0.1.0"
 __all__ = [
     "PPM",
+    "PSPHead",
     "PSPNet",
     "UpsampleCrossEntropyLoss",
     "__version__",

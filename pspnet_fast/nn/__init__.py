@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .losses import UpsampleCrossEntropyLoss
 from .ppm import PPM
+from .psp_head import PSPHead
 
-__all__ = ["PPM", "UpsampleCrossEntropyLoss"]
+__all__ = ["PPM", "PSPHead", "UpsampleCrossEntropyLoss"]

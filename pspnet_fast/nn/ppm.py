@@ -72,22 +72,28 @@ class PPM(nn.Module):
         return f"bins={self.bins}, align_corners={self.align_corners}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_features("PPM", x)
-        if x.shape[1] != self.in_dim:
-            raise ValueError(f"PPM: x must have in_dim = {self.in_dim} channels, got {tuple(x.shape)}")
-        reason = self._beyond_the_kernels()
-        if reason is None and _writes_in_place(x):
+        self.check(x)
+        if self._beyond_the_kernels() is None and _writes_in_place(x):
             weight = cast(nn.Conv2d, cast(nn.Sequential, self.features[0])[1]).weight
             # The pooling pass copies x to where the result will be: x is read once.
             pyramid, out = pyramid_pool(x, self.bins, reserve=(0, len(self.bins) * weight.shape[0]))
             return upsample_concat(out, self._by_kernels(pyramid), self.bins, self.align_corners, in_place=True)
         pyramid, x = pyramid_pool(x, self.bins, return_input=True)
+        return upsample_concat(x, self.reduce(pyramid), self.bins, self.align_corners)
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise where x is not features of `in_dim` channels."""
+        check_features("PPM", x)
+        if x.shape[1] != self.in_dim:
+            raise ValueError(f"PPM: x must have in_dim = {self.in_dim} channels, got {tuple(x.shape)}")
+
+    def reduce(self, pyramid: torch.Tensor) -> torch.Tensor:
+        """The pooled pyramid (N, S, C) to (N, S, R): every level's 1x1 convolution, norm and activation."""
+        reason = self._beyond_the_kernels()
         if reason is None:
-            reduced = self._by_kernels(pyramid)
-        else:
-            _LOG.debug("PPM: convolution, norm and activation run on the submodules: %s", reason)
-            reduced = self._by_submodules(pyramid)
-        return upsample_concat(x, reduced, self.bins, self.align_corners)
+            return self._by_kernels(pyramid)
+        _LOG.debug("PPM: convolution, norm and activation run on the submodules: %s", reason)
+        return self._by_submodules(pyramid)
 
     def _beyond_the_kernels(self) -> str | None:
         """Why the submodules are not a convolution, a batch norm and a ReLU that all levels share a mode of, or None."""
@@ -100,7 +106,7 @@ class PPM(nn.Module):
             for i, (module, kind) in enumerate(zip(level, kinds, strict=True)):
                 if type(module) not in kind:
                     return f"features.{k}.{i} is {type(module).__name__}"
-                if _has_hooks(module):
+                if has_hooks(module):
                     return f"features.{k}.{i} has hooks"
             if cast(nn.Conv2d, level[1]).bias is not None:
                 return f"features.{k}.1 has a bias"
@@ -168,7 +174,7 @@ def _writes_in_place(x: torch.Tensor) -> bool:
     return torch.promote_types(x.dtype, torch.get_autocast_dtype(device)) == x.dtype
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

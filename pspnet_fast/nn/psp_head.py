@@ -1,0 +1,168 @@
+"""PSPHead: PSPNet's head (Zhao et al., CVPR 2017, figure 3), without the concatenation it is drawn with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional import pyramid_conv2d, pyramid_pool
+from ..geometry import accumulation_dtype
+from .ppm import PPM, has_hooks
+
+_LOG = logging.getLogger(__name__)
+
+Head = Literal["factorised", "concat"]
+
+
+def classifier(
+    in_channels: int,
+    channels: int,
+    classes: int,
+    dropout: float,
+    norm_layer: Callable[[int], nn.Module],
+    kernel_size: int = 3,
+) -> nn.Sequential:
+    """The bottleneck with its norm and activation, and the 1x1 convolution to the classes."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False),
+        norm_layer(channels),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(p=dropout),
+        nn.Conv2d(channels, classes, kernel_size=1),
+    )
+
+
+class PSPHead(nn.Module):
+    """The pyramid pooling module, the bottleneck and the classifier.
+
+    Parameters, names and state_dict are those of semseg's PSPNet: `ppm.features.{k}.1.weight`, `ppm.features.{k}.2.*`,
+    `cls.0.weight` (channels, in_dim + len(bins) * R, k, k), `cls.1.*`, `cls.4.*`.
+
+    The convolution of a concatenation is the sum of its parts' convolutions. The features' part is a convolution of half
+    the work, the levels' part is computed from their cells (`pyramid_conv2d`), and neither the upsampled levels nor the
+    concatenation exist. Where the modules are not what this computes (another convolution, hooks on the convolution or
+    on `ppm`), the head is `cls(ppm(x))`.
+
+    Args:
+        in_dim: channels C of the features.
+        reduction_dim: channels R each level is reduced to.
+        channels: channels between the bottleneck and the classifier.
+        classes: number of classes K.
+        bins: cells per axis of each level.
+        dropout: probability that a channel is dropped before the classifier.
+        kernel_size: of the bottleneck, 1 or 3.
+        norm_layer: makes a norm from its channel count.
+        align_corners: how the levels are upsampled.
+        head: "factorised", or "concat" for `cls(ppm(x))`.
+
+    Shapes:
+        x (N, C, H, W) to logits (N, K, H, W).
+
+    Raises:
+        ValueError: a count below 1, another kernel size or head, and what `PPM` raises.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        reduction_dim: int,
+        channels: int,
+        classes: int,
+        bins: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+        kernel_size: int = 3,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        align_corners: bool = True,
+        head: Head = "factorised",
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("classes", classes)):
+            if value < 1:
+                raise ValueError(f"PSPHead: {name} must be at least 1, got {value}")
+        if kernel_size not in (1, 3):
+            raise ValueError(f"PSPHead: kernel_size must be 1 or 3, got {kernel_size!r}")
+        if head not in ("factorised", "concat"):
+            raise ValueError(f"PSPHead: head must be 'factorised' or 'concat', got {head!r}")
+        self.head: Head = head
+        self.ppm = PPM(in_dim, reduction_dim, bins, norm_layer, align_corners)
+        total = in_dim + len(self.ppm.bins) * reduction_dim
+        self.cls = classifier(total, channels, classes, dropout, norm_layer, kernel_size)
+
+    def extra_repr(self) -> str:
+        return f"head={self.head!r}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return psp_head(self.ppm, self.cls, x, self.head)
+
+
+def psp_head(ppm: PPM, cls: nn.Sequential, x: torch.Tensor, head: Head = "factorised") -> torch.Tensor:
+    """`cls(ppm(x))`, factorised where it can be."""
+    if head == "concat":
+        return cast(torch.Tensor, cls(ppm(x)))
+    if reason := _beyond_the_factorised_form(ppm, cls):
+        _LOG.debug("psp_head: the levels are upsampled and concatenated: %s", reason)
+        return cast(torch.Tensor, cls(ppm(x)))
+    conv, norm, *rest = list(cls)
+    conv, channels = cast(nn.Conv2d, conv), ppm.in_dim
+    ppm.check(x)
+    pyramid, x = pyramid_pool(x, ppm.bins, return_input=True)
+    reduced = ppm.reduce(pyramid)
+    padding = cast("tuple[int, int]", conv.padding)[0]
+    of_x, of_levels = conv.weight.split((channels, conv.in_channels - channels), 1)
+    y = F.conv2d(x, of_x, padding=padding)
+    size = (x.shape[2], x.shape[3])
+    if _folds(norm, rest[0], y, reduced, conv.weight):
+        scale, shift = _folded(cast(_BatchNorm, norm), y)
+        y = pyramid_conv2d(
+            reduced, of_levels, size, ppm.bins, padding, ppm.align_corners, out=y, scale=scale, shift=shift, relu=True
+        )
+        rest = rest[1:]
+    else:
+        y = pyramid_conv2d(reduced, of_levels, size, ppm.bins, padding, ppm.align_corners, out=y)
+        rest = [norm, *rest]
+    for module in rest:
+        y = module(y)
+    return y
+
+
+def _beyond_the_factorised_form(ppm: PPM, cls: nn.Sequential) -> str | None:
+    """Why the head's modules are not a pyramid and a plain convolution over its concatenation, or None."""
+    if type(ppm) is not PPM:
+        return f"ppm is {type(ppm).__name__}"
+    if type(cls) is not nn.Sequential or len(cls) < 3:
+        return "cls is not a sequence of convolution, norm and activation"
+    conv = cls[0]
+    if type(conv) is not nn.Conv2d:
+        return f"cls.0 is {type(conv).__name__}"
+    for name, module in (("ppm", ppm), ("cls", cls), ("cls.0", conv)):
+        if has_hooks(module):
+            return f"{name} has hooks"
+    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
+    square = conv.kernel_size in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
+    if not plain or not square or conv.padding_mode != "zeros":
+        return "cls.0 has a bias, a stride, a dilation, groups or another window"
+    return None
+
+
+def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bool:
+    """Whether norm and activation are a factor, a summand and a ReLU, and nobody asks for gradients."""
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(activation) is not nn.ReLU:
+        return False
+    if norm.training or norm.running_mean is None or has_hooks(norm) or has_hooks(activation):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *norm.parameters())))
+
+
+def _folded(norm: _BatchNorm, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = accumulation_dtype(y.dtype)
+    scale = torch.rsqrt(cast(torch.Tensor, norm.running_var).to(wide) + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -cast(torch.Tensor, norm.running_mean).to(wide) * scale
+    return scale, shift + norm.bias if norm.affine else shift
