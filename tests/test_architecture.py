@@ -118,6 +118,8 @@ pyramid_conv2d(Tensor taps, SymInt[] size, int[] bins, int kernel_size, int padd
 ScalarType dtype, bool channels_last) -> Tensor
 pyramid_conv2d_update(Tensor(a!) out, Tensor taps, Tensor? scale, Tensor? shift, bool add, bool relu, SymInt[] size, \
 int[] bins, int kernel_size, int padding, bool align_corners) -> ()
+pyramid_conv2d_taps(Tensor pyramid, Tensor weight, int[] bins) -> Tensor
+pyramid_conv2d_taps_backward(Tensor dz, Tensor pyramid, Tensor weight, int[] bins) -> (Tensor, Tensor)
 pyramid_conv2d_backward(Tensor grad, SymInt[] size, int[] bins, int kernel_size, int padding, bool align_corners) -> Tensor
 pyramid_norm_statistics(Tensor y, int[] bins) -> (Tensor, Tensor)
 pyramid_norm(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] bins, bool relu) -> Tensor

@@ -16,6 +16,7 @@ from ..checks import check_bins, check_features
 from ..functional import upsample_argmax
 from ..nn.losses import UpsampleCrossEntropyLoss
 from ..nn.ppm import PPM
+from ..nn.psp_head import Head, check_head, classifier, psp_head
 from .checkpoint import Loadable, bare_state_dict, read_checkpoint
 from .resnet import Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
 
@@ -73,6 +74,8 @@ class PSPNet(Loadable):
         norm_layer: makes a norm from its channel count, everywhere in the network.
         align_corners: of every upsampling, in the pyramid and of the logits.
         aux: whether there is an auxiliary head.
+        head: "factorised" never builds the concatenation, and computes the bottleneck with half the work (`PSPHead`); "concat"
+            is the head as the paper draws it. Parameters, keys and results are the same, to rounding.
         backbone: any module instead of the ResNet: from (N, C, H, W) to a sequence of feature maps, of which the last
             two are taken. `layers` and the ResNet's choices then mean nothing and must be left alone. Its keys are
             under `backbone`.
@@ -118,6 +121,7 @@ class PSPNet(Loadable):
         norm_layer: NormLayer = nn.BatchNorm2d,
         align_corners: bool = True,
         aux: bool = True,
+        head: Head = "factorised",
         backbone: nn.Module | None = None,
         channels: tuple[int, int] | None = None,
     ) -> None:
@@ -126,8 +130,10 @@ class PSPNet(Loadable):
             raise ValueError(f"PSPNet: classes must be at least 1, got {classes}")
         if zoom_factor not in (1, 2, 4, 8):
             raise ValueError(f"PSPNet: zoom_factor must be 1, 2, 4 or 8, got {zoom_factor!r}")
+        check_head("PSPNet", head)
         self.zoom_factor = zoom_factor
         self.use_ppm = use_ppm
+        self.head: Head = head
         self.align_corners = align_corners
         self.criterion = UpsampleCrossEntropyLoss(align_corners=align_corners) if criterion is None else criterion
         self.backbone = backbone
@@ -162,8 +168,8 @@ class PSPNet(Loadable):
             reduced = fourth // len(bins)
             self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners)
             in_channels += len(bins) * reduced
-        self.cls = _classifier(in_channels, fourth // 4, classes, dropout, norm_layer)
-        self.aux = _classifier(third, third // 4, classes, dropout, norm_layer) if aux else None
+        self.cls = classifier(in_channels, max(fourth // 4, 1), classes, dropout, norm_layer)
+        self.aux = classifier(third, max(third // 4, 1), classes, dropout, norm_layer) if aux else None
         if weights is not None and not of_resnet:
             self.load_state_dict(weights)
 
@@ -181,7 +187,7 @@ class PSPNet(Loadable):
         height, width = ((size - 1) * self.zoom_factor // 8 + 1 for size in x.shape[2:])
         targets = self._targets(x, y, (height, width)) if self.training and y is not None else None
 
-        logits = self.cls(self.ppm(fourth) if self.use_ppm else fourth)
+        logits = psp_head(self.ppm, self.cls, fourth, self.head) if self.use_ppm else self.cls(fourth)
         if not self.training:
             return self._resize(logits, (height, width))
         aux_logits = None if self.aux is None else self.aux(third)
@@ -240,17 +246,6 @@ def _nearest(length: int, count: int, align_corners: bool, device: torch.device)
     if align_corners:
         return (2 * i * (length - 1) + count - 1) // max(2 * (count - 1), 1)
     return (2 * i + 1) * length // (2 * count)
-
-
-def _classifier(in_channels: int, width: int, classes: int, dropout: float, norm_layer: NormLayer) -> nn.Sequential:
-    width = max(width, 1)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
-        norm_layer(width),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(p=dropout),
-        nn.Conv2d(width, classes, kernel_size=1),
-    )
 
 
 def _check_backbone(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
+from .conv2d import conv2d
 from .ppm import PPM, has_hooks
 
 _LOG = logging.getLogger(__name__)
 
 Head = Literal["factorised", "concat"]
+
+
+def check_head(what: str, head: str) -> None:
+    if head not in get_args(Head):
+        raise ValueError(f"{what}: head must be 'factorised' or 'concat', got {head!r}")
 
 
 def classifier(
@@ -87,8 +92,7 @@ class PSPHead(nn.Module):
                 raise ValueError(f"PSPHead: {name} must be at least 1, got {value}")
         if kernel_size not in (1, 3):
             raise ValueError(f"PSPHead: kernel_size must be 1 or 3, got {kernel_size!r}")
-        if head not in ("factorised", "concat"):
-            raise ValueError(f"PSPHead: head must be 'factorised' or 'concat', got {head!r}")
+        check_head("PSPHead", head)
         self.head: Head = head
         self.ppm = PPM(in_dim, reduction_dim, bins, norm_layer, align_corners)
         total = in_dim + len(self.ppm.bins) * reduction_dim
@@ -115,7 +119,7 @@ def psp_head(ppm: PPM, cls: nn.Sequential, x: torch.Tensor, head: Head = "factor
     reduced = ppm.reduce(pyramid)
     padding = cast("tuple[int, int]", conv.padding)[0]
     of_x, of_levels = conv.weight.split((channels, conv.in_channels - channels), 1)
-    y = F.conv2d(x, of_x, padding=padding)
+    y = conv2d(x, of_x, padding)
     size = (x.shape[2], x.shape[3])
     if _folds(norm, rest[0], y, reduced, conv.weight):
         scale, shift = _folded(cast(_BatchNorm, norm), y)

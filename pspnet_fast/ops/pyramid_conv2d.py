@@ -8,8 +8,8 @@ Upsampling is linear, so the 1x1 or 3x3 convolution of the upsampled levels is o
     dz[n, cell (i, j), t, o] = sum over h, w of  U_h[h + dy - padding, i] U_w[w + dx - padding, j] dy[n, o, h, w]
 
 U are the interpolation matrices: at most two non-zero weights a row (`geometry.bilinear_tap`), and none in rows outside the
-map, which are the padding. z is a matrix product that PyTorch does and differentiates; the kernels are the second line
-and the third, each separable: along W for every row of cells and dy, then at most two rows a level and dy along H.
+map, which are the padding. z is the library's matrix product (`_conv2d_taps.py`); the kernels are the second line and
+the third, each separable: along W for every row of cells and dy, then at most two rows a level and dy along H.
 Saved for backward: sizes by the kernels, pyramid and weight by the product.    Must move: the weight, and y written; onto
 an existing y, that one read, too.
 """
@@ -23,7 +23,8 @@ import torch
 
 from ..backends import run
 from ..checks import check_bins, check_pyramid, check_same_device, check_same_dtype, check_shape, check_tensor
-from ..geometry import accumulation_dtype, cell_count, dense, levels, memory_format
+from ..geometry import accumulation_dtype, cell_count, dense, memory_format
+from ._conv2d_taps import conv2d_taps
 from ._define import LIBRARY, autocast_dtype, define
 
 
@@ -108,7 +109,7 @@ def pyramid_conv2d(
             f"{op}: scale, shift and relu must be left out where gradients are wanted: use the norm itself"
         )
 
-    taps = _taps(pyramid, weight, bins)
+    taps = conv2d_taps(pyramid, weight, bins)
     geometry = [height, width], bins, kernel_size, padding, align_corners
     channels_last = memory_format == torch.channels_last
     if out is None and not epilogue:
@@ -135,23 +136,6 @@ def _check_size(op: str, size: Sequence[int], padding: int, kernel_size: int) ->
     if min(height, width) < 1 or min(height, width) + 2 * padding < kernel_size:
         raise ValueError(f"{op}: size must be at least 1 x 1 and, padded, hold the kernel, got {tuple(size)}")
     return height, width
-
-
-def _taps(pyramid: torch.Tensor, weight: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
-    """Z (N, S, k*k, O), contiguous, in the dtype that sums are held in."""
-    n, reduced = pyramid.shape[0], pyramid.shape[2]
-    wide = accumulation_dtype(pyramid.dtype)  # 16 bits for z or its gradient would cost more than plain PyTorch loses
-    channels, area = weight.shape[0], weight.shape[2] * weight.shape[3]
-    rows = weight.permute(0, 2, 3, 1)
-    # (O, k*k, B*R), each row contiguous: channels_last has it so, NCHW in one copy.
-    rows = (rows if rows.stride(3) == 1 else rows.contiguous()).flatten(1, 2)
-    products = []
-    for k, level in enumerate(levels(pyramid, bins)):
-        block = rows.narrow(2, k * reduced, reduced).flatten(0, 1)
-        with torch.autocast(pyramid.device.type, enabled=False):
-            product = level.flatten(0, 1).to(wide) @ block.to(wide).t()
-        products.append(product.view(n, level.shape[1], channels, area))
-    return torch.cat(products, 1).transpose(2, 3).contiguous()
 
 
 def _empty(

@@ -15,11 +15,12 @@ def _axis(
     """Of `pixels` outputs, those whose input at `shift` lies in the map, and their two cells with their weights."""
     inside = [i for i in range(pixels) if 0 <= i + shift < length]
     taps = [bilinear_tap(i + shift, length, cells, align_corners) for i in inside]
-    integers = {"dtype": torch.long, "device": like.device}
-    fraction = torch.tensor([tap[2] / tap[3] for tap in taps], dtype=torch.float64).to(like)
-    lower = torch.tensor([tap[0] for tap in taps], **integers)
-    upper = torch.tensor([tap[1] for tap in taps], **integers)
-    return torch.tensor(inside, **integers), [(lower, 1 - fraction), (upper, fraction)]
+    weight = torch.tensor([tap[2] / tap[3] for tap in taps], dtype=torch.float64).to(like)
+    at, lower, upper = (
+        torch.tensor(indices, dtype=torch.long, device=like.device)
+        for indices in (inside, [tap[0] for tap in taps], [tap[1] for tap in taps])
+    )
+    return at, [(lower, 1 - weight), (upper, weight)]
 
 
 def pyramid_conv2d_forward(

@@ -42,7 +42,7 @@ def step(module, x):
 @pytest.mark.parametrize(("kernel_size", "align_corners"), [(3, True), (1, False)])
 def test_equals_the_concatenating_head(backend, kernel_size, align_corners, training, memory_format):
     factorised, concat = heads(kernel_size, training, align_corners=align_corners)
-    x = torch.randn(3, 24, 7, 10).contiguous(memory_format=memory_format)
+    x = torch.randn(8, 24, 13, 10).contiguous(memory_format=memory_format)
     factorised, concat = (m.to(memory_format=memory_format) for m in (factorised, concat))
     with testing.use_backend(backend):
         ours = step(factorised, x)

@@ -366,5 +366,7 @@ def test_bad_input(x, bins, error, words):
     ("reserve", "return_input"), [((-1, 2), False), ((0, -3), False), ((1, 1), True)], ids=["before", "after", "both"]
 )
 def test_bad_reserve(reserve, return_input):
-    with pytest.raises(ValueError, match="^pyramid_pool: reserve must be two numbers of channels, without return_input"):
+    with pytest.raises(
+        ValueError, match="^pyramid_pool: reserve must be two numbers of channels, without return_input"
+    ):
         pyramid_pool(torch.zeros(1, 3, 4, 4), (1,), reserve=reserve, return_input=return_input)
