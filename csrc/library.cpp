@@ -102,6 +102,9 @@ PSPNET_FAST_OPS(m) {
   m.def("upsample_cross_entropy_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int ignore_index,"
         " float label_smoothing, bool align_corners, bool gradient) -> (Tensor, Tensor)");
 
+  m.def("upsample_softmax_add_forward(Tensor logits, Tensor(a!) total, int[] corners, int[] size, bool align_corners,"
+        " bool flip, float weight) -> ()");
+
   // What was built, what this machine runs, and csrc/geometry.h for the test that compares the three geometries.
   m.def("cpu_capability() -> str");
   m.def("cuda_architectures() -> str");

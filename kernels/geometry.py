@@ -168,3 +168,27 @@ def level_factors(row, r, R, BINS: tl.constexpr):
     """Where the factors (B, R) of each row's level lie."""
     level, _, _ = level_of(row % cell_count(BINS), BINS)
     return (row * 0 + level)[:, None] * R + r[None, :]
+
+
+@device_function
+def upsample_taps(i, size, cells, ALIGN: tl.constexpr):
+    """An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread."""
+    lower, upper, numerator, denominator = bilinear_tap(i, size, cells, ALIGN)
+    return lower, tl.where(size == cells, lower, upper), fraction(numerator, denominator)
+
+
+@device_function
+def _load_nodes(pixels, k_offset, mask):
+    return tl.load(pixels[None, :] + k_offset[:, None], mask=mask, other=0).to(tl.float32)
+
+
+@device_function
+def upsampled_classes(top, bottom, left, right, k_offset, mask, h_weight, w_weight):
+    """Classes x pixels, interpolated: each product by itself, so that Inf and NaN go where torch's go."""
+    above = (1 - w_weight)[None, :] * _load_nodes(top + left, k_offset, mask) + w_weight[None, :] * _load_nodes(
+        top + right, k_offset, mask
+    )
+    below = (1 - w_weight)[None, :] * _load_nodes(bottom + left, k_offset, mask) + w_weight[None, :] * _load_nodes(
+        bottom + right, k_offset, mask
+    )
+    return tl.where(mask, (1 - h_weight)[None, :] * above + h_weight[None, :] * below, float("-inf"))

@@ -11,31 +11,7 @@ import triton
 import triton.language as tl
 
 from . import CompileCase, compile_case, on_device, refuses
-from .geometry import bilinear_tap, device_function, fraction, refuses_size, tiles
-
-
-@device_function
-def _taps(i, size, cells, ALIGN: tl.constexpr):
-    """An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread."""
-    lower, upper, numerator, denominator = bilinear_tap(i, size, cells, ALIGN)
-    return lower, tl.where(size == cells, lower, upper), fraction(numerator, denominator)
-
-
-@device_function
-def _nodes(pixels, k_offset, mask):
-    return tl.load(pixels[None, :] + k_offset[:, None], mask=mask, other=0).to(tl.float32)
-
-
-@device_function
-def _values(top, bottom, left, right, k_offset, mask, h_weight, w_weight):
-    """Classes x pixels, interpolated: each product by itself, so that Inf and NaN go where torch's go."""
-    above = (1 - w_weight)[None, :] * _nodes(top + left, k_offset, mask) + w_weight[None, :] * _nodes(
-        top + right, k_offset, mask
-    )
-    below = (1 - w_weight)[None, :] * _nodes(bottom + left, k_offset, mask) + w_weight[None, :] * _nodes(
-        bottom + right, k_offset, mask
-    )
-    return tl.where(mask, (1 - h_weight)[None, :] * above + h_weight[None, :] * below, float("-inf"))
+from .geometry import refuses_size, tiles, upsample_taps, upsampled_classes
 
 
 @triton.jit(do_not_specialize=["H", "W", "ROWS", "COLUMNS"])
@@ -58,8 +34,8 @@ def _upsample_argmax_forward_kernel(
     h = tile // w_tiles * BLOCK_H + pixel // BLOCK_W
     w = tile % w_tiles * BLOCK_W + pixel % BLOCK_W
     inside = (h < H) & (w < W)
-    h_lower, h_upper, h_weight = _taps(tl.minimum(h, H - 1), H, ROWS, ALIGN)
-    w_lower, w_upper, w_weight = _taps(tl.minimum(w, W - 1), W, COLUMNS, ALIGN)
+    h_lower, h_upper, h_weight = upsample_taps(tl.minimum(h, H - 1), H, ROWS, ALIGN)
+    w_lower, w_upper, w_weight = upsample_taps(tl.minimum(w, W - 1), W, COLUMNS, ALIGN)
     image = logits_ptr + n * K * ROWS * COLUMNS
     top = image + h_lower.to(tl.int64) * ROW_STRIDE
     bottom = image + h_upper.to(tl.int64) * ROW_STRIDE
@@ -71,7 +47,7 @@ def _upsample_argmax_forward_kernel(
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         mask = (k < K)[:, None]
-        value = _values(top, bottom, left, right, k.to(tl.int64) * K_STRIDE, mask, h_weight, w_weight)
+        value = upsampled_classes(top, bottom, left, right, k.to(tl.int64) * K_STRIDE, mask, h_weight, w_weight)
         # A maximum drops NaN: the first NaN is looked for by itself.
         first_nan = tl.min(tl.where(value != value, k[:, None], K), 0)
         largest = tl.max(tl.where(value != value, float("-inf"), value), 0)

@@ -9,6 +9,7 @@ from .ops.pyramid_project import pyramid_project
 from .ops.upsample_argmax import upsample_argmax
 from .ops.upsample_concat import upsample_concat
 from .ops.upsample_cross_entropy import upsample_cross_entropy
+from .ops.upsample_softmax_add import upsample_softmax_add
 
 __all__ = [
     "pyramid_conv2d",
@@ -18,4 +19,5 @@ __all__ = [
     "upsample_argmax",
     "upsample_concat",
     "upsample_cross_entropy",
+    "upsample_softmax_add",
 ]

@@ -111,6 +111,25 @@ def plain_pyramid_conv2d(
     return F.conv2d(torch.cat(maps, 1), weight, padding=padding)
 
 
+def plain_upsample_softmax_add(
+    total: torch.Tensor,
+    logits: torch.Tensor,
+    corners: Sequence[Sequence[int]],
+    size: Sequence[int],
+    align_corners: bool = True,
+    flip: bool = False,
+    weight: float = 1.0,
+) -> torch.Tensor:
+    """In place, window after window, on a total with room for what reaches outside."""
+    (height, width), room = size, 64
+    wide = F.pad(total, (room, room, room, room))
+    for window, (top, left) in zip(logits.split(1), corners, strict=True):
+        part = F.interpolate(window, tuple(size), mode="bilinear", align_corners=align_corners).softmax(1)[0]
+        part = part.flip(2) if flip else part
+        wide[:, room + top : room + top + height, room + left : room + left + width] += weight * part
+    return total.copy_(wide[:, room:-room, room:-room])
+
+
 class PlainPPM(nn.Module):
     """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
 

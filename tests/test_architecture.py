@@ -139,6 +139,8 @@ upsample_cross_entropy_losses(Tensor logits, Tensor target, Tensor? weight, int 
 bool align_corners, bool check_targets) -> Tensor
 upsample_cross_entropy_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int ignore_index, \
 float label_smoothing, bool align_corners, bool check_targets, bool gradient) -> (Tensor, Tensor)
+upsample_softmax_add(Tensor(a!) total, Tensor logits, int[] corners, SymInt[] size, bool align_corners, bool flip, \
+float weight) -> ()
 """.strip().splitlines()
 
 

@@ -1,0 +1,1 @@
+#include "cpu/upsample_softmax_add_kernels.h"

@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from pspnet_fast import testing
+from pspnet_fast.functional import upsample_softmax_add
+
+OP = "upsample_softmax_add"
+FORMATS = [torch.contiguous_format, torch.channels_last]
+CASES = [  # logits, size of a window, height and width of the total, corners
+    ((2, 5, 3, 4), (9, 13), (12, 15), ((0, 0), (3, 2))),  # overlapping
+    ((3, 19, 4, 3), (8, 10), (13, 11), ((-3, -4), (6, 5), (20, 2))),  # reaching outside, and one altogether
+    ((1, 37, 5, 6), (5, 6), (5, 6), ((0, 0),)),  # equal
+    ((2, 3, 1, 1), (17, 7), (20, 20), ((1, 2), (1, 2))),
+    ((1, 150, 7, 9), (4, 5), (6, 6), ((-1, 3),)),  # smaller
+    ((2, 1, 2, 40), (3, 35), (9, 40), ((5, 4), (0, 0))),
+]
+
+
+def run(backend, total, logits, *args, **options):
+    there = testing.device(backend)
+    total = total.clone().to(there)
+    with testing.use_backend(backend), testing.poisoned_memory():
+        assert upsample_softmax_add(total, logits.to(there), *args, **options) is total
+    return total.cpu()
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(CASES, OP, interpret=1))
+def test_accuracy(backend, case, dtype, memory_format, align_corners):
+    shape, size, extent, corners = case
+    logits = (3 * torch.randn(shape)).to(dtype).contiguous(memory_format=memory_format)
+    total = torch.rand(shape[1], *extent)
+    for flip, weight in ((False, 1.0), (True, 0.25)):
+        ours = run(backend, total, logits, corners, size, align_corners, flip, weight)
+        plain, exact = total.clone(), total.double()
+        testing.plain_upsample_softmax_add(plain, logits.float(), corners, size, align_corners, flip, weight)
+        testing.plain_upsample_softmax_add(exact, logits.double(), corners, size, align_corners, flip, weight)
+        testing.assert_within(ours, plain, exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_float64(backend):
+    """Values that float32 cannot tell apart, of probabilities that are."""
+    if reason := testing.unavailable(OP, backend):
+        pytest.skip(reason)
+    logits = 1e8 + torch.randn(1, 7, 3, 4, dtype=torch.float64)
+    exact = torch.zeros(7, 9, 13, dtype=torch.float64)
+    testing.plain_upsample_softmax_add(exact, logits, ((0, 0),), (9, 13))
+    ours = run(backend, torch.zeros(7, 9, 13), logits, ((0, 0),), (9, 13))
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_large_values_nan_and_inf(backend):
+    """Exponentials that underflow to nothing, a class of -Inf, and NaN and Inf, which spoil their pixels."""
+    logits = 200 * torch.randint(-3, 4, (4, 20, 3, 4)).float()
+    logits[0, :18] = -torch.inf
+    logits[1, 5, 1, 1], logits[2, 6, 0, 2], logits[3, :, 2, 2] = torch.nan, torch.inf, -torch.inf
+    corners = ((0, 0), (0, 16), (12, 0), (12, 16))
+    expected = torch.zeros(20, 24, 32)
+    testing.plain_upsample_softmax_add(expected, logits, corners, (12, 16), False)
+    ours = run(backend, torch.zeros(20, 24, 32), logits, corners, (12, 16), False)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_no_windows_and_corners_in_a_tensor(backend):
+    total, logits = torch.rand(3, 5, 6), torch.randn(2, 3, 2, 2)
+    assert torch.equal(run(backend, total, logits[:0], (), (4, 4)), total)
+    corners = [[1, 0], [0, 2]]
+    assert torch.equal(
+        run(backend, total, logits, torch.tensor(corners), (4, 4)), run(backend, total, logits, corners, (4, 4))
+    )
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_any_strides_and_repeats_bitwise(backend):
+    """The reference is torch's softmax, whose bits depend on the number of threads."""
+    base = torch.randn(2, 40, 6, 8)
+    total, runs = torch.rand(4, 25, 19), []
+    logits = base[:, 1:5, ::2, 2:]
+    for threads, tensor in ((1, logits), (2, logits), (2, logits.contiguous())):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        runs.append(run(backend, total, tensor, ((0, 0), (5, 1)), (20, 18)))
+        torch.set_num_threads(before)
+    for again in runs[1:]:
+        torch.testing.assert_close(runs[0], again, rtol=1e-6 if backend == "reference" else 0, atol=0)
+
+
+def test_memory():
+    """Never the upsampled logits: 75 MB here."""
+    if reason := testing.unavailable(OP, "cpu"):
+        pytest.skip(reason)
+    logits, total = torch.randn(1, 100, 10, 10), torch.zeros(100, 433, 433)
+    with testing.use_backend("cpu"):
+        peak = testing.peak_memory(lambda: upsample_softmax_add(total, logits, ((0, 0),), (433, 433)), "cpu")
+    assert peak < 3e6
+
+
+def test_opcheck():
+    arguments = (torch.rand(5, 9, 9), torch.randn(2, 5, 3, 4), [0, 0, 2, 1], [7, 8], True, False, 0.5)
+    torch.library.opcheck(torch.ops.pspnet_fast.upsample_softmax_add.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("total", "corners", "size", "error", "words"),
+    [
+        (
+            torch.zeros(3, 4, 4).double(),
+            ((0, 0),),
+            (4, 4),
+            TypeError,
+            "total must be a float32 tensor, got torch.float64",
+        ),
+        (torch.zeros(2, 4, 4), ((0, 0),), (4, 4), ValueError, r"with K = 3, got \(2, 4, 4\)"),
+        (torch.zeros(3, 4, 4).transpose(1, 2), ((0, 0),), (4, 4), ValueError, r"contiguous, got strides \(16, 1, 4\)"),
+        (torch.zeros(3, 4, 4, device="meta"), ((0, 0),), (4, 4), ValueError, "one device, got meta and cpu"),
+        (torch.zeros(3, 4, 4), ((0, 0), (0, 0)), (4, 4), ValueError, r"corners must be 1 pairs \(top, left\)"),
+        (torch.zeros(3, 4, 4), ((0, 0.5),), (4, 4), TypeError, "corners must be integers"),
+        (torch.zeros(3, 4, 4), torch.zeros(1, 2), (4, 4), TypeError, "integers on the CPU, got torch.float32"),
+        (torch.zeros(3, 4, 4), ((0, 0),), (4, 0), ValueError, "both positive"),
+    ],
+)
+def test_bad_input(total, corners, size, error, words):
+    with pytest.raises(error, match=f"^upsample_softmax_add: .*{words}"):
+        upsample_softmax_add(total, torch.zeros(1, 3, 2, 2), corners, size)
