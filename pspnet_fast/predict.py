@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data.classes import Classes
+from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
@@ -73,69 +74,90 @@ def network_input(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def _softmax(net: nn.Module, crops: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """Crops (M, 3, h, w), normalised, to class probabilities (M, K, h, w)."""
-    parts = []
-    for batch in crops.split(protocol.batch_size):
-        probabilities = net(batch).float().softmax(1)
-        if protocol.flip:
-            probabilities = (probabilities + net(batch.flip(3)).float().softmax(1).flip(3)) / 2
-        parts.append(probabilities)
-    return torch.cat(parts)
+class _Batch(NamedTuple):
+    """Windows that the network saw at once."""
+
+    logits: torch.Tensor  # (M, K, h', w'), as coarse as they come
+    corners: list[
+        tuple[int, int]
+    ]  # where each window begins in the picture at this scale, outside of it where it was padded
+    flipped: bool
 
 
-def _sliding(net: nn.Module, image: torch.Tensor, protocol: Protocol, crop: int) -> torch.Tensor:
-    """A normalised picture (3, h, w) to probabilities (K, h, w): the mean over the windows that hold a pixel."""
-    _, height, width = image.shape
-    pad_h, pad_w = max(crop - height, 0), max(crop - width, 0)
-    top, left = pad_h // 2, pad_w // 2
-    padded = F.pad(image, (left, pad_w - left, top, pad_h - top))  # the mean, once normalised, is 0
-    corners = [(h, w) for h in windows(padded.shape[1], crop) for w in windows(padded.shape[2], crop)]
-    total, count = None, padded.new_zeros(padded.shape[1:])
-    for start in range(0, len(corners), protocol.batch_size):
-        some = corners[start : start + protocol.batch_size]
-        crops = torch.stack([padded[:, h : h + crop, w : w + crop] for h, w in some])
-        probabilities = _softmax(net, crops, protocol)
-        if total is None:
-            total = probabilities.new_zeros(probabilities.shape[1], *padded.shape[1:])
-        for (h, w), one in zip(some, probabilities, strict=True):
-            total[:, h : h + crop, w : w + crop] += one
-            count[h : h + crop, w : w + crop] += 1
-    assert total is not None
-    return (total / count)[:, top : top + height, left : left + width]
+class _Scale(NamedTuple):
+    """A picture at one scale, as far as the network is concerned."""
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    align_corners: bool
+    batches: list[_Batch]
 
 
-def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[torch.Tensor]:
-    """Class probabilities (K, h, w) at every scale, at the size the network saw."""
+def _coarse_logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, net.coarse_logits(images) if isinstance(net, PSPNet) else net(images))
+
+
+def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[_Scale]:
+    """Show the picture to the network at every scale."""
     if pixels.dim() != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
         raise ValueError(f"predict: pixels must be (3, H, W), got {tuple(pixels.shape)}")
     image = network_input(pixels.float())
-    size = image.shape[1], image.shape[2]
-    maps = []
+    sides = image.shape[1], image.shape[2]
+    found = []
     for scale in protocol.scales:
-        long_side = round(scale * (protocol.base_size or max(size)))
-        scaled = [max(1, round(long_side / max(size) * side)) for side in size]
-        resized = F.interpolate(image[None], scaled, mode="bilinear", align_corners=False)
-        if protocol.crop is None:
-            maps.append(_softmax(net, resized, protocol)[0])
-        else:
-            maps.append(_sliding(net, resized[0], protocol, protocol.crop))
-    return maps
+        long_side = round(scale * (protocol.base_size or max(sides)))
+        height, width = (max(1, round(long_side / max(sides) * side)) for side in sides)
+        resized = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+        window = (height, width) if protocol.crop is None else (protocol.crop, protocol.crop)
+        pad_h, pad_w = max(window[0] - height, 0), max(window[1] - width, 0)
+        top, left = pad_h // 2, pad_w // 2
+        padded = F.pad(resized, (left, pad_w - left, top, pad_h - top))  # the mean, once normalised, is 0
+        rows, columns = (windows(n, crop) for n, crop in zip(padded.shape[1:], window, strict=True))
+        corners = [(h, w) for h in rows for w in columns]
+        batches = []
+        for start in range(0, len(corners), protocol.batch_size):
+            some = corners[start : start + protocol.batch_size]
+            crops = torch.stack([padded[:, h : h + window[0], w : w + window[1]] for h, w in some])
+            places = [(h - top, w - left) for h, w in some]
+            for flipped in (False, True)[: 1 + protocol.flip]:
+                logits = _coarse_logits(net, crops.flip(3) if flipped else crops)
+                batches.append(_Batch(logits, places, flipped))
+        align_corners = net.align_corners if isinstance(net, PSPNet) else False
+        found.append(_Scale((height, width), window, align_corners, batches))
+    return found
 
 
-def _rows(maps: Sequence[torch.Tensor], rows: range, height: int, width: int) -> torch.Tensor:
-    """Some rows (K, rows, W) of the mean of `maps`, each resized to (H, W) bilinearly with half-pixel centres."""
+def _probabilities(scale: _Scale, first: int, last: int) -> torch.Tensor:
+    """Rows [first, last) of (K, H, W) at the scale's size: the mean over the windows that hold a pixel."""
+    logits, width = scale.batches[0].logits, scale.size[1]
+    total = logits.new_zeros((logits.shape[1], last - first, width), dtype=torch.float32)
+    count = total.new_zeros(total.shape[1:])
+    for batch in scale.batches:
+        corners = [(top - first, left) for top, left in batch.corners]
+        upsample_softmax_add(total, batch.logits, corners, scale.window, scale.align_corners, batch.flipped)
+        for top, left in corners:
+            rows, columns = (slice(max(a, 0), max(a + n, 0)) for a, n in zip((top, left), scale.window, strict=True))
+            count[rows, columns] += 1
+    return total.div_(count)
+
+
+def _rows(scales: Sequence[_Scale], rows: range, height: int, width: int) -> torch.Tensor:
+    """Some rows (K, rows, W) of the mean over scales, each resized to (H, W) bilinearly with half-pixel centres."""
     total = None
-    for one in maps:
+    for scale in scales:
         lower, upper, numerator, denominator = zip(
-            *(bilinear_tap(i, height, one.shape[1], align_corners=False) for i in rows), strict=True
+            *(bilinear_tap(i, height, scale.size[0], align_corners=False) for i in rows), strict=True
         )
-        share = one.new_tensor(numerator) / one.new_tensor(denominator)
-        blended = torch.lerp(one[:, list(lower)], one[:, list(upper)], share[:, None])
-        resized = F.interpolate(blended[None], (len(rows), width), mode="bilinear", align_corners=False)[0]
-        total = resized if total is None else total.add_(resized)
+        first = lower[0]
+        one = _probabilities(scale, first, upper[-1] + 1)
+        if scale.size != (height, width):
+            share = one.new_tensor(numerator) / one.new_tensor(denominator)
+            above, below = ([i - first for i in ends] for ends in (lower, upper))
+            one = torch.lerp(one[:, above], one[:, below], share[:, None])
+            one = F.interpolate(one[None], (len(rows), width), mode="bilinear", align_corners=False)[0]
+        total = one if total is None else total.add_(one)
     assert total is not None
-    return total / len(maps)
+    return total / len(scales) if len(scales) > 1 else total
 
 
 @torch.inference_mode()
@@ -143,7 +165,8 @@ def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protoc
     """Class probabilities of one picture.
 
     Args:
-        net: from (N, 3, h, w) to logits (N, K, h, w), in evaluation mode.
+        net: in evaluation mode, a PSPNet, or any module from (N, 3, h, w) to logits (N, K, h', w'), which are upsampled to
+            (h, w) with half-pixel centres where they are coarser.
         pixels: RGB from 0 to 255, (3, H, W), uint8 or floating point, on the network's device.
         protocol: windows, scales and flips.
 
@@ -153,19 +176,31 @@ def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protoc
     Raises:
         ValueError: pixels of another shape.
     """
-    maps = _by_scale(net, pixels, protocol)
+    scales = _by_scale(net, pixels, protocol)
     height, width = pixels.shape[1:]
-    return _rows(maps, range(height), height, width)
+    return _rows(scales, range(height), height, width)
 
 
 @torch.inference_mode()
 def predict_labels(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """`predict_probabilities(...).argmax(0)`, (H, W), in bands of rows: all of a photograph's probabilities are gigabytes."""
-    maps = _by_scale(net, pixels, protocol)
+    """`predict_probabilities(...).argmax(0)`, (H, W), int64.
+
+    The windows' logits are kept as coarse as the network gives them. Their probabilities are made and added up in bands of
+    rows: a photograph's, whole, would be gigabytes. Where one window is the whole picture, not even these are made.
+    """
+    scales = _by_scale(net, pixels, protocol)
     height, width = pixels.shape[1:]
-    step = max(1, BAND // (maps[0].shape[0] * width))
+    if len(scales) == 1 and scales[0].size == (height, width) and len(scales[0].batches) == 1:
+        scale = scales[0]
+        (batch,) = scale.batches
+        if len(batch.corners) == 1:
+            ((top, left),) = batch.corners
+            labels = upsample_argmax(batch.logits, scale.window, scale.align_corners, dtype=torch.int64)
+            labels = cast(torch.Tensor, labels)[0]
+            return labels[-top : height - top, -left : width - left]
+    step = max(1, BAND // (scales[0].batches[0].logits.shape[1] * width))
     bands = (range(start, min(start + step, height)) for start in range(0, height, step))
-    return torch.cat([_rows(maps, rows, height, width).argmax(0) for rows in bands])
+    return torch.cat([_rows(scales, rows, height, width).argmax(0) for rows in bands])
 
 
 def read_picture(path: Path) -> Image.Image:

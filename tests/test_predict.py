@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pspnet_fast import PSPNet, predict
+from pspnet_fast import PSPNet, predict, testing
 from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.predict import (
     MEAN,
@@ -124,6 +124,47 @@ def test_labels_come_in_bands_of_rows(monkeypatch, scales):
     )
     assert torch.equal(predict_labels(net, pixels, protocol), expected)
     assert heights == [7, 7, 7, 7, 3]
+
+
+class Shrink(nn.Module):
+    """A backbone: its last map is an eighth of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        third = self.first(x).relu()
+        return third, self.second(third).relu()
+
+
+def shrinking(classes):
+    return PSPNet(backbone=Shrink(), channels=(8, 12), bins=(1, 2), classes=classes, aux=False).eval()
+
+
+@pytest.mark.parametrize("crop", [17, 33, None])
+@pytest.mark.parametrize(("base_size", "flip"), [(None, False), (None, True), (40, False)])
+def test_coarse_logits_of_a_pspnet(crop, base_size, flip):
+    """As if the network's whole logits had been taken."""
+    net, pixels = shrinking(4), torch.rand(3, 21, 31) * 255
+    protocol = Protocol(crop, base_size, flip=flip, batch_size=3)
+    whole = nn.Sequential(net)
+    expected = predict_probabilities(whole, pixels, protocol)
+    torch.testing.assert_close(predict_probabilities(net, pixels, protocol), expected)
+    best = expected.topk(2, 0).values
+    clear = best[0] - best[1] > 1e-5
+    assert clear.float().mean() > 0.99
+    assert torch.equal(predict_labels(net, pixels, protocol)[clear], expected.argmax(0)[clear])
+
+
+@pytest.mark.parametrize("crop", [129, 257, None])
+def test_labels_build_neither_logits_nor_probabilities_at_the_pictures_size(crop, monkeypatch):
+    monkeypatch.setattr(predict, "BAND", 2**20)
+    net, pixels = shrinking(150), torch.rand(3, 257, 257) * 255
+    protocol = Protocol(crop, base_size=None)
+    whole = 150 * 257 * 257 * 4
+    assert testing.peak_memory(lambda: predict_labels(net, pixels, protocol), "cpu") < 0.4 * whole
+    assert testing.peak_memory(lambda: predict_probabilities(net, pixels, protocol), "cpu") >= whole
 
 
 def test_windows_cover_an_axis():

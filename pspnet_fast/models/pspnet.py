@@ -182,22 +182,53 @@ class PSPNet(Loadable):
         third: torch.Tensor = self.layer3(self.layer2(self.layer1(self.layer0(x))))
         return third, self.layer4(third)
 
+    def coarse_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K, h', w') at the backbone's resolution: what `forward` upsamples in evaluation."""
+        return self._head(self.features(x)[1])
+
+    def predict(self, x: torch.Tensor, confidence: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The labels that `forward`'s logits have in evaluation, without these logits.
+
+        Args:
+            x: (N, 3, H, W).
+            confidence: whether the labels' probabilities are returned, too.
+
+        Returns:
+            Labels (N, h, w), uint8 where K <= 256, else int64; or (labels, probabilities), the latter in float32.
+
+        Raises:
+            RuntimeError: in training, where dropout and batch statistics would decide.
+        """
+        if self.training:
+            raise RuntimeError("PSPNet: predict is for evaluation: call eval() first")
+        logits = self.coarse_logits(x)
+        return upsample_argmax(logits, self._size(x), self.align_corners, confidence)
+
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor | TrainingLogits | TrainingOutput:
         third, fourth = self.features(x)
-        height, width = ((size - 1) * self.zoom_factor // 8 + 1 for size in x.shape[2:])
-        targets = self._targets(x, y, (height, width)) if self.training and y is not None else None
-
-        logits = psp_head(self.ppm, self.cls, fourth, self.head) if self.use_ppm else self.cls(fourth)
+        size = self._size(x)
+        targets = self._targets(x, y, size) if self.training and y is not None else None
+        logits = self._head(fourth)
         if not self.training:
-            return self._resize(logits, (height, width))
+            return self._resize(logits, size)
         aux_logits = None if self.aux is None else self.aux(third)
         if targets is None:
-            aux_logits = None if aux_logits is None else self._resize(aux_logits, (height, width))
-            return TrainingLogits(self._resize(logits, (height, width)), aux_logits)
+            aux_logits = None if aux_logits is None else self._resize(aux_logits, size)
+            return TrainingLogits(self._resize(logits, size), aux_logits)
         main_loss = self._loss(logits, targets)
         aux_loss = main_loss.new_zeros(()) if aux_logits is None else self._loss(aux_logits, targets)
-        prediction = cast(torch.Tensor, upsample_argmax(logits, (height, width), self.align_corners, dtype=torch.int64))
+        prediction = cast(torch.Tensor, upsample_argmax(logits, size, self.align_corners, dtype=torch.int64))
         return TrainingOutput(prediction, main_loss, aux_loss)
+
+    def _size(self, x: torch.Tensor) -> tuple[int, int]:
+        """The logits' size."""
+        height, width = ((size - 1) * self.zoom_factor // 8 + 1 for size in x.shape[2:])
+        return height, width
+
+    def _head(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.use_ppm:
+            return cast(torch.Tensor, self.cls(features))
+        return psp_head(self.ppm, self.cls, features, self.head)
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.criterion, UpsampleCrossEntropyLoss):

@@ -157,6 +157,54 @@ def test_forward_is_semsegs():
 # Outputs
 
 
+@pytest.mark.parametrize("choices", [{}, {"zoom_factor": 2}, {"align_corners": False}, {"use_ppm": False}], ids=str)
+def test_predict_is_the_argmax_of_forward(choices):
+    net, x = tiny(**choices).eval(), torch.randn(2, 3, 33, 41)
+    logits = net(x)
+    labels, confidence = net.predict(x, confidence=True)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(net.predict(x), labels)
+    best = logits.topk(2, 1).values
+    clear = best[:, 0] - best[:, 1] > 1e-5
+    assert clear.float().mean() > 0.99
+    assert torch.equal(labels[clear].long(), logits.argmax(1)[clear])
+    torch.testing.assert_close(confidence, logits.softmax(1).amax(1))
+
+
+def test_predict_builds_no_upsampled_logits():
+    net, x = tiny(classes=150).eval(), torch.randn(1, 3, 257, 257)
+    whole = 150 * 257 * 257 * 4
+    with torch.no_grad():
+        assert testing.peak_memory(lambda: net.predict(x), "cpu") < 0.1 * whole
+        assert testing.peak_memory(lambda: net(x), "cpu") >= whole
+
+
+def test_predict_is_for_evaluation():
+    with pytest.raises(RuntimeError, match=r"^PSPNet: predict is for evaluation: call eval\(\) first"):
+        tiny().train().predict(torch.zeros(1, 3, 33, 33))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_both_heads_agree(training):
+    """Losses, gradients and running statistics, by the accuracy rule."""
+    first = tiny(dropout=0.0).train(training)
+    other = tiny(dropout=0.0, head="concat").train(training)
+    other.load_state_dict(first.state_dict())
+    x, y = torch.randn(8, 3, 57, 65), torch.randint(5, (8, 57, 65))
+
+    def step(net, dtype):
+        net = copy.deepcopy(net).to(dtype)
+        out = net(x.to(dtype), y)
+        loss = out.main_loss + 0.4 * out.aux_loss if training else out.square().mean()
+        grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+        buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+        return [loss, *(grad for grad in grads if grad is not None), *buffers]
+
+    runs = step(first, torch.float32), step(other, torch.float32), step(other, torch.float64)
+    for parts in zip(*runs, strict=True):
+        testing.assert_within(*parts)
+
+
 @pytest.mark.parametrize("size", [(33, 41), (40, 57), (64, 64), (8, 9), (1, 1)])
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_evaluation_returns_logits_of_the_inputs_size(size, align_corners):
@@ -386,6 +434,7 @@ def test_channels_last_and_bfloat16():
         ({"layers": 77}, "layers must be one of 18, 34, 50, 101, 152, 269, got 77"),
         ({"output_stride": 4}, "output_stride must be one of 8, 16, 32, got 4"),
         ({"classes": 0}, "classes must be at least 1, got 0"),
+        ({"head": "other"}, "head must be .factorised. or .concat., got .other."),
         ({"zoom_factor": 3}, "zoom_factor must be 1, 2, 4 or 8, got 3"),
         ({"bins": ()}, "bins must not be empty"),
         ({"layers": 18, "bins": (1,) * 513}, "at most as many bins as channels = 512"),
