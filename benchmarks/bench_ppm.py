@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from workloads import BINS, WORKLOADS
 
-from conftest import FORMATS
+from conftest import FORMATS, parameters_as_tensors
 from pspnet_fast import PPM, testing
 from pspnet_fast.backends import ops
 
@@ -63,30 +63,17 @@ def bench_training(measure, workload, memory_format, provider, device, dtype):
     """Forward and backward, gradients of the features and of every parameter."""
     x, plain, ours, for_compile = _modules(workload, memory_format, device, dtype, training=True)
 
-    def step(module):
-        names = [name for name, _ in module.named_parameters()]
-
-        def call(x, *parameters):
-            return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-
-        return call
-
-    wide = copy.deepcopy(plain).double()
-
-    def baseline(x, *parameters):
-        return step(wide if x.dtype == torch.float64 else plain)(x, *parameters)
-
     measure(
         f"PPM training step {workload}",
         provider,
         memory_format,
-        step(ours),
-        baseline,
+        parameters_as_tensors(ours),
+        parameters_as_tensors(plain),
         [x, *plain.parameters()],
         ops(),
         5 * x.nbytes,
         True,
-        compiled=step(for_compile),
+        compiled=parameters_as_tensors(for_compile),
     )
 
 

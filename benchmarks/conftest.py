@@ -9,6 +9,7 @@ the machine's other load disturbs least. The summary is a Markdown table, with t
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers of a cold compilation would share our cores
@@ -68,6 +69,23 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _rounds(seconds: float) -> int:
+    """How often to measure what takes so long: 60 times at most, 5 at least, and 15 where that does not take minutes."""
+    return max(5, min(60, int(3 / seconds)), min(15, int(30 / seconds)))
+
+
+def parameters_as_tensors(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module as a function of its argument (or tuple of them) and its parameters, in their dtype: in float64, too."""
+    names = [name for name, _ in module.named_parameters()]
+    modules = {torch.float64: copy.deepcopy(module).double()}
+
+    def call(x: torch.Tensor | tuple[torch.Tensor, ...], *parameters: torch.Tensor) -> Any:
+        chosen = modules.get(parameters[0].dtype, module)
+        return torch.func.functional_call(chosen, dict(zip(names, parameters, strict=True)), x)
+
+    return call
+
+
 class Measure:
     """Gate, then time, one provider at one workload."""
 
@@ -86,6 +104,7 @@ class Measure:
         moved: int,
         backward: bool = False,
         compiled: Callable[..., torch.Tensor] | None = None,
+        gated: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None,
     ) -> None:
         """Measure `provider` against `plain`.
 
@@ -100,6 +119,7 @@ class Measure:
             moved: bytes that must move, for GB/s.
             backward: whether a backward pass belongs to the work.
             compiled: what torch.compile gets, where it cannot take `plain`.
+            gated: what the gate compares, where it is not `ours` and `plain`: a value that tells more than labels do.
         """
         if provider not in ("eager", "compile"):
             for op in ops:
@@ -126,7 +146,7 @@ class Measure:
 
         with use_backend(backend):
             if backend:
-                self.gate(function, plain, tensors, cotangent)
+                self.gate(*(gated or (function, plain)), tensors, cotangent)
             for _ in range(3):
                 call(function)
             memory = testing.peak_memory(lambda: call(function), self.device)
@@ -140,7 +160,7 @@ class Measure:
 
             start = time.perf_counter()
             call(plain)
-            rounds = max(15, min(60, int(3 / (time.perf_counter() - start))))
+            rounds = _rounds(time.perf_counter() - start)
             self.benchmark.group = f"{work}, {memory_format}"
             self.benchmark.pedantic(call, args=(function,), setup=before_each_round, rounds=rounds)
         median = self.benchmark.stats.stats.median

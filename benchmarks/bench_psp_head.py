@@ -1,0 +1,72 @@
+"""The head up to its classifier, PPM + 3x3 bottleneck + batch norm + ReLU: at evaluation, and a training step of it."""
+
+import copy
+
+import torch
+from torch import nn
+from workloads import BINS, WORKLOADS
+
+from conftest import FORMATS, parameters_as_tensors
+from pspnet_fast import PSPHead, testing
+from pspnet_fast.backends import ops
+
+
+class _PlainHead(nn.Module):
+    """As it is usually written, with PSPHead's keys."""
+
+    def __init__(self, ppm, cls):
+        super().__init__()
+        self.ppm, self.cls = ppm, cls
+
+    def forward(self, x):
+        return self.cls(self.ppm(x))
+
+
+def _heads(workload, memory_format, device, dtype, training):
+    shape, layout = WORKLOADS[workload], FORMATS[memory_format]
+    x = torch.randn(shape.size, device=device).to(dtype).contiguous(memory_format=layout)
+    ours = PSPHead(shape.channels, shape.reduced, shape.channels // 4, 150, BINS)
+    ours.cls = ours.cls[:3]
+    for norm in (m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.001, 0.01)
+    plain = _PlainHead(testing.PlainPPM(shape.channels, shape.reduced, BINS), copy.deepcopy(ours.cls))
+    plain.load_state_dict(ours.state_dict())
+    return x, *(m.to(device, dtype, memory_format=layout).train(training) for m in (ours, plain))
+
+
+def _moved(x, module, written):
+    return x.nbytes + sum(p.nbytes for p in module.parameters()) + written
+
+
+def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
+    x, ours, plain = _heads(workload, memory_format, device, dtype, training=False)
+    wide = copy.deepcopy(plain).double()
+    measure(
+        f"head evaluation {workload}",
+        provider,
+        memory_format,
+        ours,
+        lambda x: wide(x) if x.dtype == torch.float64 else plain(x),
+        [x],
+        ops(),
+        _moved(x, ours, x.nbytes // 4),
+    )
+
+
+def bench_training(measure, workload, memory_format, provider, device, dtype):
+    """Forward and backward, gradients of the features and of every parameter."""
+    x, ours, plain = _heads(workload, memory_format, device, dtype, training=True)
+    measure(
+        f"head training step {workload}",
+        provider,
+        memory_format,
+        parameters_as_tensors(ours),
+        parameters_as_tensors(plain),
+        [x, *plain.parameters()],
+        ops(),
+        3 * _moved(x, ours, x.nbytes // 4),
+        True,
+    )
+
+
+bench_training.standard_workload = "ade20k_473_pair"
