@@ -1,6 +1,7 @@
 // The taps of an axis, made. For dispatching files: kernels see cpu/taps.h alone.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernel.h"
@@ -25,6 +26,16 @@ class Taps {
                               ? static_cast<double>(tap.numerator) / static_cast<double>(tap.denominator)
                               : static_cast<float>(tap.numerator) / static_cast<float>(tap.denominator));
     }
+  }
+
+  // Last pixel first.
+  void mirror() {
+    const auto size = static_cast<int64_t>(fraction_.size());
+    for (TapRun& run : runs_) {
+      run = {size - run.end, size - run.begin, run.lower, run.upper};
+    }
+    std::reverse(runs_.begin(), runs_.end());
+    std::reverse(fraction_.begin(), fraction_.end());
   }
 
   TapAxis axis() const { return {runs_.data(), static_cast<int64_t>(runs_.size()), fraction_.data()}; }

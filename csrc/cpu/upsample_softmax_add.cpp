@@ -20,10 +20,13 @@ void upsample_softmax_add_forward_cpu(const Tensor& logits, Tensor total, const 
     return;
   }
   const Dtype dtype = dtype_of(logits);
-  const Taps rows(size[0], logits.size(2), align_corners, dtype), columns(size[1], logits.size(3), align_corners, dtype);
+  const Taps rows(size[0], logits.size(2), align_corners, dtype);
+  Taps columns(size[1], logits.size(3), align_corners, dtype);
+  if (flip) {
+    columns.mirror();
+  }
   const UpsampleSoftmaxAdd a{dtype,
                              channels_last,
-                             flip,
                              logits.size(0),
                              logits.size(1),
                              logits.size(2),

@@ -7,6 +7,8 @@
 namespace pspnet_fast {
 namespace {
 
+constexpr int64_t kLineFloats = 16;  // of a cache line
+
 // Each product by itself, so that Inf and NaN go where torch's go.
 template <class V>
 inline V between(V lower, V upper, V fraction) {
@@ -44,30 +46,36 @@ void blend_nodes(const UpsampleSoftmaxAdd& a, int64_t m, const TapRun& run, Accu
   }
 }
 
-// From a row of nodes to a row of exponentials, relative to the largest value, and what makes probabilities of them.
+// Exponentials of the pixels [begin, end), relative to the largest value, as [class][pixel - begin], and what makes
+// probabilities of them. `run` is the first that has pixels here. `to`, where they will be added, is called into the cache.
 template <class A>
-void exponentials(const UpsampleSoftmaxAdd& a, const A* nodes, const A* fraction, A* pixels, A* scale) {
+void exponentials(const UpsampleSoftmaxAdd& a, const A* nodes, const A* fraction, const TapRun* run, int64_t begin,
+                  int64_t end, const float* to, A* pixels, A* scale) {
+  const int64_t count = end - begin;
   for (int64_t k = 0; k < a.classes; ++k) {
     const A* const node = nodes + k * a.column_pitch;
-    A* const row = pixels + k * a.pitch;
+    A* const row = pixels + k * kSoftmaxPitch - begin;
     // Runs are written in order: what spills over a run's end is overwritten by the next.
-    for (int64_t i = 0; i < a.column_taps.run_count; ++i) {
-      const TapRun& run = a.column_taps.runs[i];
-      const Vec<A> lower = splat(node[run.lower]), upper = splat(node[run.upper]);
-      for (int64_t w = run.begin; w < run.end; w += kLanes<A>) {
+    for (const TapRun* r = run; r < a.column_taps.runs + a.column_taps.run_count && r->begin < end; ++r) {
+      const Vec<A> lower = splat(node[r->lower]), upper = splat(node[r->upper]);
+      const int64_t last = r->end < end ? r->end : end;
+      for (int64_t w = r->begin > begin ? r->begin : begin; w < last; w += kLanes<A>) {
         store(row + w, between(lower, upper, load(fraction + w)));
       }
     }
+    for (int64_t w = 0; w < count + kLineFloats; w += kLineFloats) {
+      __builtin_prefetch(to + k * a.total_height * a.total_width + (w < count ? w : count - 1), 1);
+    }
   }
-  for (int64_t w = 0; w < a.width; w += kLanes<A>) {
+  for (int64_t w = 0; w < count; w += kLanes<A>) {
     Vec<A> largest = load(pixels + w);
     for (int64_t k = 1; k < a.classes; ++k) {
-      const Vec<A> value = load(pixels + k * a.pitch + w);
+      const Vec<A> value = load(pixels + k * kSoftmaxPitch + w);
       largest = value > largest ? value : largest;
     }
     Vec<A> sum{};
     for (int64_t k = 0; k < a.classes; ++k) {
-      A* const value = pixels + k * a.pitch + w;
+      A* const value = pixels + k * kSoftmaxPitch + w;
       const Vec<A> power = exp<A>(load(value) - largest);
       store(value, power);
       sum += power;
@@ -76,13 +84,26 @@ void exponentials(const UpsampleSoftmaxAdd& a, const A* nodes, const A* fraction
   }
 }
 
+template <class A>
+void add_products(const A* from, const A* scale, int64_t count, float* to) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    for_each_vector<A>(count, [&](int64_t w, auto part) {
+      store(to + w, fma(load(from + w), load(scale + w), load(to + w, part)), part);
+    });
+  } else {
+    for (int64_t w = 0; w < count; ++w) {
+      to[w] += static_cast<float>(from[w] * scale[w]);
+    }
+  }
+}
+
 }  // namespace
 
 namespace PSPNET_FAST_CAPABILITY {
 
 // Grid     rows of the total
-// Tile     window after window that has this row: its nodes blended along H, then for all classes blended along W,
-//          exponentials with pixels as lanes, and the products added to the total
+// Tile     window after window that has this row: its nodes blended along H, then kSoftmaxTile pixels at a time all classes
+//          blended along W, exponentials with pixels as lanes, and the products added to the total
 // Traffic  the logits read once for each of their rows of pixels (cached), the total read and written
 void upsample_softmax_add_forward(const UpsampleSoftmaxAdd& a, int64_t begin, int64_t end, void* scratch) {
   with_dtype(a.dtype, [&](auto zero) {
@@ -90,8 +111,8 @@ void upsample_softmax_add_forward(const UpsampleSoftmaxAdd& a, int64_t begin, in
     using A = Accumulator<T>;
     A* const nodes = static_cast<A*>(scratch);
     A* const pixels = nodes + a.classes * a.column_pitch;
-    A* const fraction = pixels + a.classes * a.pitch;
-    A* const scale = fraction + a.pitch;
+    A* const scale = pixels + a.classes * kSoftmaxPitch;
+    A* const fraction = scale + kSoftmaxPitch;
     for (int64_t w = 0; w < a.pitch; ++w) {
       fraction[w] = w < a.width ? static_cast<A>(a.column_taps.fraction[w]) : A{};
     }
@@ -104,18 +125,16 @@ void upsample_softmax_add_forward(const UpsampleSoftmaxAdd& a, int64_t begin, in
           continue;
         }
         blend_nodes<T>(a, m, *find_run(a.row_taps, h), static_cast<A>(a.row_taps.fraction[h]), nodes);
-        exponentials(a, nodes, fraction, pixels, scale);
-        for (int64_t k = 0; k < a.classes; ++k) {
-          float* const to = a.total + (k * a.total_height + y) * a.total_width + left;
-          const A* const from = pixels + k * a.pitch;
-          if (a.flip) {
-            for (int64_t w = first; w < last; ++w) {
-              to[w] += static_cast<float>(from[a.width - 1 - w] * scale[a.width - 1 - w]);
-            }
-          } else {
-            for (int64_t w = first; w < last; ++w) {
-              to[w] += static_cast<float>(from[w] * scale[w]);
-            }
+        const TapRun* run = find_run(a.column_taps, first);
+        for (int64_t w = first; w < last; w += kSoftmaxTile) {
+          const int64_t tile_end = w + kSoftmaxTile < last ? w + kSoftmaxTile : last;
+          float* const to = a.total + y * a.total_width + left + w;
+          while (run->end <= w) {
+            ++run;
+          }
+          exponentials(a, nodes, fraction, run, w, tile_end, to, pixels, scale);
+          for (int64_t k = 0; k < a.classes; ++k) {
+            add_products(pixels + k * kSoftmaxPitch, scale, tile_end - w, to + k * a.total_height * a.total_width);
           }
         }
       }
