@@ -13,6 +13,7 @@ CASES = [  # logits, size of a window, height and width of the total, corners
     ((2, 3, 1, 1), (17, 7), (20, 20), ((1, 2), (1, 2))),
     ((1, 150, 7, 9), (4, 5), (6, 6), ((-1, 3),)),  # smaller
     ((2, 1, 2, 40), (3, 35), (9, 40), ((5, 4), (0, 0))),
+    ((2, 6, 2, 9), (3, 300), (4, 290), ((1, -7), (0, 5))),  # wider than the kernels' tiles
 ]
 
 
