@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) upsample_softmax_add_forward_kernel(
           expf(value - next_base);
     base = next_base;
   }
-  const float scale = sum == 0 ? NAN : __fdiv_rn(a.weight, sum);
+  const float scale = __fdiv_rn(a.weight, sum);  // of nothing but -Inf: Inf, and 0 times that is NaN
   float* const to = window.total + row * window.total_row + column;
   // Reads of several classes before the first write: the compiler may not move them past one.
   for (int first = 0; first < a.classes; first += kTogether) {

@@ -66,6 +66,16 @@ def test_large_values_nan_and_inf(backend):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [(3, 4), (3, 8), (6, 4)], ids=str)
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_an_axis_that_keeps_its_size_spreads_no_nan(backend, size):
+    logits = torch.randn(1, 3, 3, 4)
+    logits[0, 1, 1, 1] = torch.nan
+    expected = testing.plain_upsample_softmax_add(torch.zeros(3, *size), logits, ((0, 0),), size)
+    ours = run(backend, torch.zeros(3, *size), logits, ((0, 0),), size)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_no_windows_and_corners_in_a_tensor(backend):
     total, logits = torch.rand(3, 5, 6), torch.randn(2, 3, 2, 2)
