@@ -1,15 +1,14 @@
 // upsample_softmax_add on the GPU. The maths stands in pspnet_fast/ops/upsample_softmax_add.py.
 //
-// One launch a window, in stream order: where windows overlap they are added in their order, no two blocks write one pixel,
-// and the corners are arguments of the launch, so that nothing is copied to the device. A window has enough pixels to fill
-// a card.
+// A launch for every window: launches on a stream follow each other, so where windows overlap they are added in their order,
+// without atomics, and the corners are arguments, so that nothing is copied to the device. To walk the windows within one
+// launch would save nothing: a pixel's classes are too many for registers, and the total would come by as often.
 
 #include "upsample_softmax_add.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "cuda/device.h"
@@ -21,30 +20,28 @@ namespace pspnet_fast::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTogether = 4;  // classes of a pixel that are read before they are written
+constexpr int kBatch = 8;  // classes whose loads are under way together
+// Of shared memory, for the nodes under a block's pixels: with more, too few blocks are on a multiprocessor.
+constexpr int64_t kMostShared = 48 * 1024;
 
-struct SoftmaxAdd {
-  int64_t class_stride, row_stride, column_stride;
-  int classes, rows, columns, height, width;
-  bool align_corners, flip;
-  float weight;
-};
-
-// A window, and the rectangle of the total that it covers there.
-struct Window {
+// A window, and its part inside of the total: rows and columns as they lie there, after the flip.
+struct SoftmaxWindow {
   const void* logits;
-  float* total;  // the rectangle's first pixel in the plane of class 0
-  int64_t total_plane, total_row;
-  int first_row, first_column;  // of the window, at the rectangle's first pixel; before the flip
-  int rectangle_width, tiles;   // of kThreads pixels
+  float* total;  // at the part's first pixel
+  int64_t class_stride, row_stride, column_stride, total_class_stride, total_row_stride;
+  int classes, rows, columns, height, width;
+  int first_row, first_column, part_columns, tiles;
+  int pitch;  // of a class in shared memory
+  float weight;
+  bool align_corners, flip;
 };
 
-// The two nodes of a pixel along an axis. One that keeps its size has one, as in torch: a neighbour's NaN is not spread.
 struct Tap {
   int lower, upper;
   float fraction;
 };
 
+// An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread.
 __device__ __forceinline__ Tap tap_of(int i, int size, int cells, bool align_corners) {
   const BilinearTap<int64_t> tap = bilinear_tap<int64_t>(i, size, cells, align_corners);
   return {static_cast<int>(tap.lower), static_cast<int>(size == cells ? tap.lower : tap.upper),
@@ -56,73 +53,120 @@ __device__ __forceinline__ float mix(float lower, float upper, float f) {
   return (1 - f) * lower + f * upper;
 }
 
-// Where a pixel's four nodes of class 0 stand, and its value of any class.
-template <class T>
+// A pixel's value of a class: between two nodes of the blended row in shared memory, or between four of the logits.
+template <class T, bool kShared>
 struct Pixel {
+  const float *left, *right;
   const T *top_left, *top_right, *bottom_left, *bottom_right;
-  float down, right;
+  float down, across;
 
-  __device__ __forceinline__ Pixel(const SoftmaxAdd& a, const T* logits, int h, int w) {
-    const Tap row = tap_of(h, a.height, a.rows, a.align_corners);
-    const Tap column = tap_of(w, a.width, a.columns, a.align_corners);
-    top_left = logits + row.lower * a.row_stride + column.lower * a.column_stride;
-    top_right = logits + row.lower * a.row_stride + column.upper * a.column_stride;
-    bottom_left = logits + row.upper * a.row_stride + column.lower * a.column_stride;
-    bottom_right = logits + row.upper * a.row_stride + column.upper * a.column_stride;
-    down = row.fraction;
-    right = column.fraction;
-  }
-
-  __device__ __forceinline__ float value(int64_t offset) const {
-    return mix(mix(to_float(top_left[offset]), to_float(bottom_left[offset]), down),
-               mix(to_float(top_right[offset]), to_float(bottom_right[offset]), down), right);
+  __device__ __forceinline__ float value(const SoftmaxWindow& a, int k) const {
+    if constexpr (kShared) {
+      return mix(left[k * a.pitch], right[k * a.pitch], across);
+    } else {
+      const int64_t at = k * a.class_stride;
+      return mix(mix(to_float(top_left[at]), to_float(bottom_left[at]), down),
+                 mix(to_float(top_right[at]), to_float(bottom_right[at]), down), across);
+    }
   }
 };
 
-// Grid:      tiles of the rows of one window that lie in the total
-// Tile:      128 pixels of a row, one a thread, which walks the classes for the largest so far and the sum of exponentials,
-//            and again to add: neighbours in a warp are neighbours in the total
-// Traffic:   four nodes a pixel and class, twice (cached: few nodes serve a warp); the total's part read and written once
-// Registers: 56 to 64, nothing spilled
-template <class T>
-__global__ void __launch_bounds__(kThreads) upsample_softmax_add_forward_kernel(const __grid_constant__ SoftmaxAdd a,
-                                                                                const __grid_constant__ Window window) {
-  const int row = static_cast<int>(blockIdx.x) / window.tiles;
-  const int column = static_cast<int>(blockIdx.x) % window.tiles * kThreads + static_cast<int>(threadIdx.x);
-  if (column >= window.rectangle_width) {
+// Grid:      tiles of kThreads pixels of every row of the part inside of the total
+// Tile:      kShared: the nodes under the tile, blended along H, to shared memory for all classes. Then a pixel a thread: it
+//            walks the classes, kBatch at once, with the largest value and the sum of exponentials relative to it, and
+//            walks them again to add
+// Traffic:   two rows of nodes for each row of pixels (cached), or four nodes a pixel and class; the total's part read and
+//            written once
+// Registers: 56, without kShared 126 to 128, no spills
+template <class T, bool kShared>
+__global__ void __launch_bounds__(kThreads, kShared ? 8 : 4) upsample_softmax_add_kernel(
+    const __grid_constant__ SoftmaxWindow a) {
+  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  const int row = block / a.tiles, first = (block - row * a.tiles) * kThreads;
+  // Threads past the end do as the last one does, and store nothing.
+  const int column = min(first + thread, a.part_columns - 1), placed = a.first_column + column;
+  const Tap down = tap_of(a.first_row + row, a.height, a.rows, a.align_corners);
+  const Tap across = tap_of(a.flip ? a.width - 1 - placed : placed, a.width, a.columns, a.align_corners);
+  const T* const top = static_cast<const T*>(a.logits) + down.lower * a.row_stride;
+  const T* const bottom = static_cast<const T*>(a.logits) + down.upper * a.row_stride;
+  Pixel<T, kShared> pixel{};
+  pixel.down = down.fraction;
+  pixel.across = across.fraction;
+  if constexpr (kShared) {
+    int* const bounds = shared_memory<int>();
+    float* const nodes = shared_memory<float>() + 2;
+    if (thread == (a.flip ? kThreads - 1 : 0)) {
+      bounds[0] = across.lower;
+    }
+    if (thread == (a.flip ? 0 : kThreads - 1)) {
+      bounds[1] = across.upper + 1;
+    }
+    __syncthreads();
+    const int first_node = bounds[0], count = bounds[1] - first_node;
+    const bool channels_last = a.class_stride == 1;
+    const int inner = channels_last ? a.classes : count;
+    for (int i = thread; i < count * a.classes; i += kThreads) {
+      const int outer = i / inner, rest = i - outer * inner;
+      const int k = channels_last ? rest : outer, node = channels_last ? outer : rest;
+      const int64_t at = k * a.class_stride + (first_node + node) * a.column_stride;
+      nodes[k * a.pitch + node] = mix(to_float(top[at]), to_float(bottom[at]), down.fraction);
+    }
+    __syncthreads();
+    pixel.left = nodes + (across.lower - first_node);
+    pixel.right = nodes + (across.upper - first_node);
+  } else {
+    pixel.top_left = top + across.lower * a.column_stride;
+    pixel.top_right = top + across.upper * a.column_stride;
+    pixel.bottom_left = bottom + across.lower * a.column_stride;
+    pixel.bottom_right = bottom + across.upper * a.column_stride;
+  }
+  if (first + thread >= a.part_columns) {
     return;
   }
-  const int w = window.first_column + column;
-  const Pixel<T> pixel(a, static_cast<const T*>(window.logits), window.first_row + row, a.flip ? a.width - 1 - w : w);
-  float base = 0, most = -INFINITY, sum = 0;
-#pragma unroll 4
-  for (int k = 0; k < a.classes; ++k) {
-    const float value = pixel.value(k * a.class_stride);
-    // While all are -Inf, 0 is subtracted: the sum stays 0.
-    const bool larger = value > most;
-    const float next_base = larger ? value : base;
-    most = larger ? value : most;
-    sum = sum * expf(fminf(base - next_base, 0.0f)) +  // at first the base is 0, above the largest
-          expf(value - next_base);
-    base = next_base;
-  }
-  const float scale = __fdiv_rn(a.weight, sum);  // of nothing but -Inf: Inf, and 0 times that is NaN
-  float* const to = window.total + row * window.total_row + column;
-  // Reads of several classes before the first write: the compiler may not move them past one.
-  for (int first = 0; first < a.classes; first += kTogether) {
-    float after[kTogether];
+  float most = -INFINITY, sum = 0, batch[kBatch];
+  for (int start = 0; start < a.classes; start += kBatch) {
+    float largest = most;
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int k = min(first + i, a.classes - 1);
-      after[i] = to[k * window.total_plane] + expf(pixel.value(k * a.class_stride) - base) * scale;
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i] = start + i < a.classes ? pixel.value(a, start + i) : -INFINITY;
+      largest = fmaxf(largest, batch[i]);  // leaves NaN out, which gets into the sum by itself
+    }
+    const float base = largest == -INFINITY ? 0.0f : largest;  // -Inf - -Inf would be NaN
+    sum *= expf(most - base);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      sum += expf(batch[i] - base);
+    }
+    most = largest;
+  }
+  // Where all classes are -Inf, what is added is NaN, from -Inf - -Inf.
+  const float scale = __fdiv_rn(a.weight, sum);
+  float* const to = a.total + row * a.total_row_stride + column;
+  for (int start = 0; start < a.classes; start += kBatch) {
+    float* const classes = to + start * a.total_class_stride;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i] = start + i < a.classes ? classes[i * a.total_class_stride] : 0.0f;
     }
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i < a.classes) {
-        to[(first + i) * window.total_plane] = after[i];
+    for (int i = 0; i < kBatch; ++i) {
+      if (start + i < a.classes) {
+        classes[i * a.total_class_stride] = batch[i] + expf(pixel.value(a, start + i) - most) * scale;
       }
     }
   }
+}
+
+// How many nodes lie under the tile that needs the most.
+int64_t nodes_of_tiles(const SoftmaxWindow& a) {
+  int64_t most = 0;
+  for (int64_t start = a.first_column; start < a.first_column + a.part_columns; start += kThreads) {
+    const int64_t last = std::min<int64_t>(start + kThreads, a.first_column + a.part_columns) - 1;
+    const int64_t from = a.flip ? a.width - 1 - last : start, to = a.flip ? a.width - 1 - start : last;
+    most = std::max(most, bilinear_tap<int64_t>(to, a.width, a.columns, a.align_corners).upper -
+                              bilinear_tap<int64_t>(from, a.width, a.columns, a.align_corners).lower + 1);
+  }
+  return most;
 }
 
 void upsample_softmax_add_forward(const Tensor& logits, Tensor total, const std::vector<int64_t>& corners,
@@ -130,48 +174,51 @@ void upsample_softmax_add_forward(const Tensor& logits, Tensor total, const std:
   constexpr const char* op = "upsample_softmax_add_forward";
   const bool channels_last = check_upsample_softmax_add(op, logits, total, corners, size);
   check_cuda_dtype(op, "logits", logits);
-  constexpr int64_t kMost = 1 << 24;
-  const int64_t windows = logits.size(0), classes = logits.size(1), rows = logits.size(2), columns = logits.size(3);
-  check(rows < kMost && columns < kMost && size[0] < kMost && size[1] < kMost, op,
-        "maps must have less than 2^24 rows and columns, got ", rows, " x ", columns, " to ", size[0], " x ", size[1]);
-  if (total.numel() == 0 || windows == 0) {
-    return;
-  }
-  const SoftmaxAdd a{channels_last ? 1 : rows * columns,
-                     columns * (channels_last ? classes : 1),
-                     channels_last ? classes : 1,
-                     static_cast<int>(classes),
-                     static_cast<int>(rows),
-                     static_cast<int>(columns),
-                     static_cast<int>(size[0]),
-                     static_cast<int>(size[1]),
-                     align_corners,
-                     flip,
-                     static_cast<float>(weight)};
-  const int64_t height = total.size(1), width = total.size(2);
+  const int64_t classes = logits.size(1), rows = logits.size(2), columns = logits.size(3);
+  check(rows < (1 << 24) && columns < (1 << 24) && size[0] < (1 << 24) && size[1] < (1 << 24) && classes < (1 << 30), op,
+        "maps must have less than 2^24 rows and columns, and logits less than 2^30 classes, got ", classes, " of ", rows,
+        " x ", columns, " to ", size[0], " x ", size[1]);
   const Launcher launch(op, logits);
-  dispatch_dtype(logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t m = 0; m < windows; ++m) {
-      const int64_t top = corners[2 * m], left = corners[2 * m + 1];
-      const int64_t y = std::max<int64_t>(top, 0), y_end = std::min(top + size[0], height);
-      const int64_t x = std::max<int64_t>(left, 0), x_end = std::min(left + size[1], width);
-      if (y >= y_end || x >= x_end) {
-        continue;
-      }
-      const int64_t tiles = divide_up(x_end - x, kThreads), blocks = (y_end - y) * tiles;
-      check(blocks < (int64_t{1} << 31), op, "at most 2^31 blocks can be launched, ", blocks, " are needed");
-      const Window window{data<T>(logits) + m * classes * rows * columns,
-                          mutable_data<float>(total) + y * width + x,
-                          height * width,
-                          width,
-                          static_cast<int>(y - top),
-                          static_cast<int>(x - left),
-                          static_cast<int>(x_end - x),
-                          static_cast<int>(tiles)};
-      launch(upsample_softmax_add_forward_kernel<T>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, a, window);
+  SoftmaxWindow a{};
+  a.class_stride = channels_last ? 1 : rows * columns;
+  a.row_stride = columns * (channels_last ? classes : 1);
+  a.column_stride = channels_last ? classes : 1;
+  a.total_class_stride = total.size(1) * total.size(2);
+  a.total_row_stride = total.size(2);
+  a.classes = static_cast<int>(classes);
+  a.rows = static_cast<int>(rows);
+  a.columns = static_cast<int>(columns);
+  a.height = static_cast<int>(size[0]);
+  a.width = static_cast<int>(size[1]);
+  a.weight = static_cast<float>(weight);
+  a.align_corners = align_corners;
+  a.flip = flip;
+  for (int64_t m = 0; m < logits.size(0); ++m) {
+    const int64_t top = corners[2 * m], left = corners[2 * m + 1];
+    const int64_t first_row = std::max<int64_t>(-top, 0), last_row = std::min(size[0], total.size(1) - top);
+    const int64_t first_column = std::max<int64_t>(-left, 0), last_column = std::min(size[1], total.size(2) - left);
+    if (first_row >= last_row || first_column >= last_column) {
+      continue;
     }
-  });
+    a.total = mutable_data<float>(total) + (top + first_row) * a.total_row_stride + left + first_column;
+    a.first_row = static_cast<int>(first_row);
+    a.first_column = static_cast<int>(first_column);
+    a.part_columns = static_cast<int>(last_column - first_column);
+    a.tiles = static_cast<int>(divide_up(a.part_columns, kThreads));
+    const int64_t blocks = a.tiles * (last_row - first_row);
+    check(blocks < (int64_t{1} << 31), op, "at most 2^31 blocks can be launched, ", blocks, " are needed");
+    // Odd, so that neither threads that write neighbouring classes meet in a bank nor those that write neighbouring nodes.
+    const int64_t pitch = nodes_of_tiles(a) | 1;
+    const int64_t bytes = static_cast<int64_t>(sizeof(float)) * (2 + classes * pitch);
+    a.pitch = static_cast<int>(pitch);
+    dispatch_dtype(logits.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      a.logits = data<T>(logits) + m * classes * rows * columns;
+      const bool shared = bytes <= kMostShared;
+      launch(shared ? upsample_softmax_add_kernel<T, true> : upsample_softmax_add_kernel<T, false>,
+             dim3(static_cast<unsigned>(blocks)), kThreads, shared ? static_cast<size_t>(bytes) : 0, a);
+    });
+  }
 }
 
 }  // namespace
