@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <climits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -96,6 +97,16 @@ T* mutable_data(const Tensor& tensor) {
 
 inline bool is_aligned(const void* pointer, int64_t bytes = kAccessBytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// For kernels that count in 32 bits.
+inline int narrow(const char* op, const char* what, int64_t value) {
+  check(value <= INT_MAX, op, what, " must be below 2^31 for the cuda backend, got ", value);
+  return static_cast<int>(value);
+}
+
+inline dim3 grid_of(const char* op, int64_t blocks) {
+  return dim3(static_cast<unsigned>(narrow(op, "the number of blocks", blocks)));
 }
 
 constexpr int64_t divide_up(int64_t length, int64_t block) {

@@ -4,7 +4,6 @@
 #include "../upsample_concat.h"
 
 #include <algorithm>
-#include <climits>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -22,15 +21,6 @@ constexpr int64_t kStageBytes = 32 * 1024;   // of a gradient's planes, staged a
 constexpr int64_t kPlaneBytes = 64 * 1024;   // a plane up to this size is staged whole
 constexpr int64_t kBlocksEach = 4;           // blocks that each multiprocessor gets before tiles grow
 constexpr int kMaxLogStrips = 3;
-
-int narrow(const char* op, const char* what, int64_t value) {
-  check(value <= INT_MAX, op, what, " must be below 2^31 for the cuda backend, got ", value);
-  return static_cast<int>(value);
-}
-
-dim3 grid_of(const char* op, int64_t blocks) {
-  return dim3(static_cast<unsigned>(narrow(op, "the number of blocks", blocks)));
-}
 
 // Levels [first, first + kConcatLevels), or as many as there are.
 Concat concat_of(const char* op, const ConcatSizes& sizes, const std::vector<int64_t>& bins, size_t first,

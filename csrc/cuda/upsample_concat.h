@@ -1,7 +1,7 @@
 // upsample_concat in CUDA: what its kernels share. No torch.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/taps.h"
 
 namespace pspnet_fast::cuda {
 
@@ -20,32 +20,6 @@ struct Concat {
   int level_count;
   ConcatLevel levels[kConcatLevels];
 };
-
-// What a pixel is made of along one axis: rest * cell[lower] + fraction * cell[upper].
-struct alignas(16) Tap {
-  int lower, upper;
-  float rest, fraction;
-};
-
-__device__ __forceinline__ Tap tap_of(int pixel, int size, int cells, bool align_corners) {
-  const BilinearTap<int> tap = bilinear_tap(pixel, size, cells, align_corners);
-  const float f = fraction(tap.numerator, tap.denominator);
-  return {tap.lower, tap.upper, 1 - f, f};
-}
-
-// The pixels that a cell is part of along one axis, as the gradient's gather walks them: first those that have it for
-// their upper cell, then those that have it for their lower one. Pixels beyond the last cell's centre are in both.
-struct alignas(16) Support {
-  int upper_begin, upper_end, lower_begin, lower_end;
-
-  __device__ __forceinline__ int count() const { return upper_end - upper_begin + lower_end - lower_begin; }
-};
-
-__device__ __forceinline__ Support support_of(int cell, int size, int cells, bool align_corners) {
-  const int begin = tap_start(cell, size, cells, align_corners);
-  return {tap_start(cell - 1, size, cells, align_corners), cell == cells - 1 ? size : begin, begin,
-          tap_start(cell + 1, size, cells, align_corners)};
-}
 
 // A vector as it lies in memory, for what waits in registers: of 16-bit elements the compiler would make packing and
 // unpacking, and stores of two bytes.

@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/taps.h"
 #include "geometry.h"
 #include "library.h"
 #include "upsample_cross_entropy.h"
@@ -44,25 +45,6 @@ struct CrossEntropy {
   PixelState* state;
   float* gradient;
 };
-
-struct Tap {
-  int lower, upper;
-  float fraction;
-};
-
-__device__ __forceinline__ Tap tap_of(int i, int size, int cells, bool align_corners) {
-  const BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
-  return {static_cast<int>(tap.lower), static_cast<int>(tap.upper),
-          fraction(static_cast<int>(tap.numerator), static_cast<int>(tap.denominator))};
-}
-
-// A tap's fraction where its lower cell is known: without the division that finds it, in 32 bits.
-__device__ __forceinline__ float upper_weight(int i, int lower, int size, int cells, bool align_corners) {
-  const int shifted = (2 * i + 1) * cells - size, length = size > 1 ? size - 1 : 1;
-  const int position = align_corners ? i * (cells - 1) : shifted > 0 ? shifted : 0;
-  const int denominator = align_corners ? length : 2 * size;
-  return fraction(position - lower * denominator, denominator);
-}
 
 __device__ __forceinline__ float mix(float lower, float upper, float f) {
   return (1 - f) * lower + f * upper;
