@@ -17,6 +17,11 @@ CASES = [  # N, R, O, size, bins, k, padding
     (2, 4, 3, (3, 4), (2, 2), 3, 2),  # larger than the map
     (1, 3, 8, (1, 9), (1, 2, 6), 1, 1),  # a border of zeros
 ]
+CUDA_CASES = [
+    (1, 2, 40, (5, 24), (1, 3), 3, 1),  # accesses of 16 bytes in either format, several tiles
+    (1, 2, 3, (133, 2), (1, 6), 3, 1),  # rows of two and three chunks
+    (1, 1, 2, (2, 3), (90,), 3, 1),  # bands of not even four rows fit into shared memory
+]
 
 
 def inputs(case, dtype=torch.float32):
@@ -45,6 +50,35 @@ def test_accuracy(backend, case, dtype, memory_format, align_corners):
         cotangent,
     )
     assert is_channels_last(results[0]) == is_channels_last(cotangent)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+def test_cuda_tiles(case, dtype, memory_format):
+    if reason := testing.unavailable(OP, "cuda"):
+        pytest.skip(reason)
+    size, bins, padding = case[3], case[4], case[6]
+    testing.assert_as_accurate(
+        lambda p, w: pyramid_conv2d(p, w, size, bins, padding, memory_format=memory_format),
+        lambda p, w: testing.plain_pyramid_conv2d(p, w, size, bins, padding),
+        inputs(case, dtype),
+        "cuda",
+        torch.randn(result_shape(case)).to(dtype).contiguous(memory_format=memory_format),
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+def test_cuda_in_any_order(memory_format):
+    case = (1, 2, 40, (21, 11), (1, 3), 3, 1)
+    pyramid, weight = (t.requires_grad_() for t in inputs(case))
+    cotangent = torch.randn(result_shape(case)).contiguous(memory_format=memory_format)
+
+    def run():
+        out = pyramid_conv2d(pyramid, weight, (21, 11), (1, 3), memory_format=memory_format)
+        return out.detach(), *torch.autograd.grad(out, (pyramid, weight), cotangent)
+
+    testing.assert_same_in_any_order(OP, run)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
