@@ -1,7 +1,9 @@
 """The head up to its classifier, PPM + 3x3 bottleneck + batch norm + ReLU: at evaluation, and a training step of it."""
 
 import copy
+import math
 
+import pytest
 import torch
 from torch import nn
 from workloads import BINS, WORKLOADS
@@ -9,6 +11,7 @@ from workloads import BINS, WORKLOADS
 from conftest import FORMATS, parameters_as_tensors
 from pspnet_fast import PSPHead, testing
 from pspnet_fast.backends import ops
+from pspnet_fast.nn.conv2d import weight_gradient
 
 
 class _PlainHead(nn.Module):
@@ -77,4 +80,25 @@ def bench_training(measure, workload, memory_format, provider, device, dtype):
     )
 
 
+def bench_weight_gradient(measure, workload, memory_format, provider, device, dtype):
+    """Of the bottleneck's half that convolves the features: nine matrix products against the library's own."""
+    if device != "cpu":
+        pytest.skip("on a GPU it is the library's")
+    shape, layout = WORKLOADS[workload], FORMATS[memory_format]
+    x = torch.randn(shape.size).to(dtype).contiguous(memory_format=layout)
+    grad = torch.randn(shape.batch, shape.channels // 4, *shape.size[2:]).to(dtype).contiguous(memory_format=layout)
+    size = shape.channels // 4, shape.channels, 3, 3
+    measure(
+        f"weight gradient of the features' convolution {workload}",
+        provider,
+        memory_format,
+        weight_gradient,
+        lambda x, grad: torch.nn.grad.conv2d_weight(x, size, grad, padding=1),
+        [x, grad],
+        [],
+        x.nbytes + grad.nbytes + 4 * math.prod(size),
+    )
+
+
 bench_training.standard_workload = "ade20k_473_pair"
+bench_weight_gradient.standard_workload = "ade20k_473_pair"

@@ -1,4 +1,4 @@
-"""What benchmarks/device.sh measures on a GPU: ops and the PPM, against PyTorch and against a copy of as many bytes.
+"""What benchmarks/device.sh measures on a GPU: ops, the PPM and the head, against PyTorch and against a copy of as many bytes.
 
     python benchmarks/device.py ops --output ops.json
     python benchmarks/device.py ppm --output ppm.json
@@ -8,6 +8,8 @@
 Times are medians of CUDA events, in microseconds. *Cold*: each call finds other tensors than the one before, more than three
 times the L2 cache in all. *Warm*: the same ones. *Graph*: a replayed CUDA graph of many calls, per call. No time is given of
 a provider that misses the accuracy rule on the very tensors that are timed.
+
+Past 300 lines, because what is measured, how, and its report belong to one command that runs on a machine without the rest.
 """
 
 from __future__ import annotations
@@ -28,13 +30,23 @@ import torch
 from workloads import BINS, WORKLOADS, Workload
 
 import pspnet_fast
-from pspnet_fast import PPM, testing, use_backend
-from pspnet_fast.functional import pyramid_norm, pyramid_pool, pyramid_project, upsample_concat
+from pspnet_fast import PPM, PSPHead, testing, use_backend
+from pspnet_fast.functional import (
+    pyramid_conv2d,
+    pyramid_norm,
+    pyramid_pool,
+    pyramid_project,
+    upsample_argmax,
+    upsample_concat,
+    upsample_cross_entropy,
+    upsample_softmax_add,
+)
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 OURS = ("triton", "cuda")
 KIND = ("work", "workload", "format")  # rows that agree in these are compared
 CALLS = 40  # of each kind that are timed
+CLASSES = 150
 
 
 class Case(NamedTuple):
@@ -102,6 +114,7 @@ def op_cases(name: str, workload: Workload, memory_format: str) -> Iterator[Case
         moved=2 * (written - x.nbytes),
         cotangent=dense((n, levels * r, h, w), memory_format),
     )
+    yield from _head_and_loss_cases(case, workload, memory_format, reduced)
     if memory_format == "nchw":  # packed pyramids have but one format
         weights = [(torch.randn(r, c, device="cuda") / c**0.5).bfloat16() for _ in BINS]
         products = {
@@ -125,6 +138,42 @@ def op_cases(name: str, workload: Workload, memory_format: str) -> Iterator[Case
                 moved=5 * reduced.nbytes,
                 cotangent=torch.randn_like(reduced),
             )
+
+
+def _head_and_loss_cases(
+    case: Callable[..., Case], workload: Workload, memory_format: str, reduced: torch.Tensor
+) -> Iterator[Case]:
+    n, c, h, w, r, _ = workload
+    weight = dense((c // 4, len(BINS) * r, 3, 3), memory_format) / (9 * len(BINS) * r) ** 0.5
+    y = dense((n, c // 4, h, w), memory_format)
+    yield case(
+        "pyramid_conv2d forward + backward",
+        ours=lambda p: pyramid_conv2d(p, weight, (h, w), BINS, memory_format=FORMATS[memory_format]),
+        plain=lambda p: testing.plain_pyramid_conv2d(p, weight.to(p.dtype), (h, w), BINS),
+        tensors=[reduced],
+        ops=("pyramid_conv2d",),
+        moved=3 * weight.nbytes + 2 * y.nbytes,
+        cotangent=y,
+    )
+    logits, size = dense((n, CLASSES, h, w), memory_format), (8 * h - 7, 8 * w - 7)
+    target = torch.randint(CLASSES, (n, *size), device="cuda")
+    yield case(
+        "upsample_cross_entropy forward + backward",
+        ours=lambda x: upsample_cross_entropy(x, target[: len(x)]),
+        plain=lambda x: testing.plain_upsample_cross_entropy(x, target[: len(x)]),
+        tensors=[logits],
+        ops=("upsample_cross_entropy",),
+        moved=2 * logits.nbytes + target.nbytes,
+        cotangent=torch.ones((), device="cuda"),
+    )
+    yield case(
+        "upsample_argmax labels and confidence",
+        ours=lambda x: upsample_argmax(x, size, confidence=True)[1],
+        plain=lambda x: testing.plain_upsample_argmax(x, size)[1],
+        tensors=[logits],
+        ops=("upsample_argmax",),
+        moved=logits.nbytes + 5 * n * size[0] * size[1],
+    )
 
 
 def ppm_cases(name: str, workload: Workload, memory_format: str) -> Iterator[Case]:
@@ -152,6 +201,36 @@ def ppm_cases(name: str, workload: Workload, memory_format: str) -> Iterator[Cas
             dense((n, c + len(BINS) * r, h, w), memory_format) if training else None,
             plain,
         )
+        yield _head_case(name, workload, memory_format, x, training)
+
+
+def _head_case(name: str, workload: Workload, memory_format: str, x: torch.Tensor, training: bool) -> Case:
+    """PPM, bottleneck and batch norm; at evaluation the ReLU, too, whose kink no gate on gradients would forgive."""
+    n, c, h, w, r, _ = workload
+    ours = PSPHead(c, r, c // 4, CLASSES, BINS)
+    ours.cls = ours.cls[:3]
+    if training:
+        ours.cls[2] = torch.nn.Identity()
+    for norm in (m for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_var, 0.001, 0.01)
+    plain = torch.nn.Sequential(testing.PlainPPM(c, r, BINS), copy.deepcopy(ours.cls))
+    plain[0].load_state_dict(ours.ppm.state_dict())
+    layout = FORMATS[memory_format]
+    ours, plain = (m.cuda().bfloat16().to(memory_format=layout).train(training) for m in (ours, plain))
+    wide = copy.deepcopy(plain).double()
+    weight = sum(p.nbytes for p in ours.parameters())
+    return Case(
+        "head training step" if training else "head evaluation",
+        name,
+        memory_format,
+        ours,
+        lambda x: (wide if x.dtype == torch.float64 else plain)(x),
+        [x],
+        ("pyramid_pool", "pyramid_project", "pyramid_norm", "pyramid_conv2d"),
+        (3 if training else 1) * (x.nbytes * 5 // 4 + weight),
+        dense((n, c // 4, h, w), memory_format) if training else None,
+        plain,
+    )
 
 
 def call(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], cotangent: torch.Tensor | None) -> Any:
@@ -237,7 +316,9 @@ def _under_autocast(module: Callable[..., torch.Tensor]) -> Callable[..., torch.
 def gate(case: Case, function: Callable[..., torch.Tensor]) -> None:
     """The accuracy rule, against plain PyTorch in bfloat16 and in float64, a few images of the batch."""
     few = [t[:2] if t.dim() > 2 else t for t in case.tensors]
-    cotangent = None if case.cotangent is None else case.cotangent[:2]
+    cotangent = case.cotangent
+    if cotangent is not None and cotangent.dim() > 0:
+        cotangent = cotangent[:2]
     same = testing.evaluate(case.plain, few, cotangent)
     exact = testing.evaluate(case.plain, [t.double() for t in few], None if cotangent is None else cotangent.double())
     for i, parts in enumerate(zip(testing.evaluate(function, few, cotangent), same, exact, strict=True)):
@@ -350,6 +431,28 @@ def report(folder: Path) -> None:
     print("\n".join(lines))
 
 
+def _sanitize_head(pyramid: torch.Tensor, size: tuple[int, int], memory_format: torch.memory_format) -> None:
+    weight = torch.randn(11, len(BINS) * pyramid.shape[2], 3, 3, device=pyramid.device).to(pyramid.dtype)
+    factors = torch.randn(2, 11, device=pyramid.device)
+    out = pyramid_conv2d(pyramid, weight, size, BINS, memory_format=memory_format)
+    pyramid_conv2d(pyramid, weight, size, BINS, out=out, scale=factors[0], shift=factors[1], relu=True)
+    leaf = pyramid.detach().requires_grad_()
+    pyramid_conv2d(leaf, weight, size, BINS, 0, False, out=out[:, :, 1:-1, 1:-1].clone()).float().sum().backward()
+
+
+def _sanitize_logits(x: torch.Tensor) -> None:
+    size, classes = (2 * x.shape[2] + 1, 7 * x.shape[3]), x.shape[1]
+    target = torch.randint(classes, (len(x), *size), device=x.device)
+    target[:, ::3] = 255
+    upsample_cross_entropy(x, target, torch.rand(classes, device=x.device), label_smoothing=0.1).backward()
+    upsample_cross_entropy(x, target.byte(), reduction="none", align_corners=False).sum().backward()
+    upsample_argmax(x, size)
+    upsample_argmax(x, size, align_corners=False, confidence=True)
+    total = torch.zeros(classes, size[0], size[1], device=x.device)
+    for flip in (False, True):
+        upsample_softmax_add(total, x, [(3 * i - 2, 5 * i - 4) for i in range(len(x))], size, not flip, flip)
+
+
 def sanitize() -> None:
     """Every CUDA kernel, forward and backward, once: small tensors, odd ones, every dtype and memory format."""
     where = testing.device("cuda")  # the CPU, where the kernels are emulated
@@ -370,6 +473,8 @@ def sanitize() -> None:
                     statistics_of_y = torch.zeros(2, len(BINS), r, device=where) + 1
                     pyramid_norm(y.detach().requires_grad_(), BINS, *statistics_of_y.clone()).sum().backward()
                     torch.ops.pspnet_fast.pyramid_norm_statistics(y.detach(), BINS)
+                    _sanitize_head(y.detach(), (h, w), memory_format)
+                    _sanitize_logits(x)
     print("every kernel ran")
 
 
