@@ -32,11 +32,9 @@ MINING = [(0.3, 0, True), (0.01, 50, True), (1.0, 0, False), (0.1, 10**6, False)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(
-    ("threshold", "least", "some"), [(0.3, 0, True), (0.01, 50, True), (1.0, 0, False), (0.1, 10**6, False)]
-)
-@pytest.mark.parametrize("backend", testing.backends(OP))
-def test_mining(backend, threshold, least, some, weighted):
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(MINING, OP, interpret=1))
+def test_mining(backend, case, weighted):
+    threshold, least, some = case
     logits, target = inputs()
     weight = torch.rand(5) + 0.1 if weighted else None
     expected, kept = mined(logits.requires_grad_(), target, threshold, least, weight)
