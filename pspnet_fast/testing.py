@@ -120,14 +120,16 @@ def plain_upsample_softmax_add(
     flip: bool = False,
     weight: float = 1.0,
 ) -> torch.Tensor:
-    """In place, window after window, on a total with room for what reaches outside."""
-    (height, width), room = size, 64
-    wide = F.pad(total, (room, room, room, room))
+    """In place, window after window; on a total with room around it where a window reaches outside."""
+    height, width = size
+    reach = [(-top, top + height - total.shape[1], -left, left + width - total.shape[2]) for top, left in corners]
+    room = max(0, *(distance for distances in reach for distance in distances))
+    wide = F.pad(total, (room, room, room, room)) if room > 0 else total
     for window, (top, left) in zip(logits.split(1), corners, strict=True):
         part = F.interpolate(window, tuple(size), mode="bilinear", align_corners=align_corners).softmax(1)[0]
         part = part.flip(2) if flip else part
         wide[:, room + top : room + top + height, room + left : room + left + width] += weight * part
-    return total.copy_(wide[:, room:-room, room:-room])
+    return total if room == 0 else total.copy_(wide[:, room:-room, room:-room])
 
 
 class PlainPPM(nn.Module):

@@ -5,7 +5,6 @@ from pspnet_fast import testing
 from pspnet_fast.functional import upsample_softmax_add
 
 OP = "upsample_softmax_add"
-FORMATS = [torch.contiguous_format, torch.channels_last]
 CASES = [  # logits, size of a window, height and width of the total, corners
     ((2, 5, 3, 4), (9, 13), (12, 15), ((0, 0), (3, 2))),  # overlapping
     ((3, 19, 4, 3), (8, 10), (13, 11), ((-3, -4), (6, 5), (20, 2))),  # reaching outside, and one altogether
@@ -13,7 +12,9 @@ CASES = [  # logits, size of a window, height and width of the total, corners
     ((2, 3, 1, 1), (17, 7), (20, 20), ((1, 2), (1, 2))),
     ((1, 150, 7, 9), (4, 5), (6, 6), ((-1, 3),)),  # smaller
     ((2, 1, 2, 40), (3, 35), (9, 40), ((5, 4), (0, 0))),
-    ((2, 6, 2, 9), (3, 300), (4, 290), ((1, -7), (0, 5))),  # wider than the kernels' tiles
+    ((1, 3, 2, 5), (2, 300), (3, 290), ((0, -7),)),  # wider than a block of pixels
+    ((2, 6, 2, 9), (3, 300), (4, 290), ((1, -7), (0, 5))),  # wider, and overlapping
+    ((1, 150, 2, 90), (3, 85), (3, 90), ((0, 3),)),  # more nodes than a block keeps
 ]
 
 
@@ -26,8 +27,16 @@ def run(backend, total, logits, *args, **options):
 
 
 @pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [
+        (torch.float32, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+        (torch.bfloat16, torch.channels_last),
+        (torch.float16, torch.contiguous_format),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("backend", "case"), testing.backends_and(CASES, OP, interpret=1))
 def test_accuracy(backend, case, dtype, memory_format, align_corners):
     shape, size, extent, corners = case
@@ -66,16 +75,6 @@ def test_large_values_nan_and_inf(backend):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("size", [(3, 4), (3, 8), (6, 4)], ids=str)
-@pytest.mark.parametrize("backend", testing.backends(OP))
-def test_an_axis_that_keeps_its_size_spreads_no_nan(backend, size):
-    logits = torch.randn(1, 3, 3, 4)
-    logits[0, 1, 1, 1] = torch.nan
-    expected = testing.plain_upsample_softmax_add(torch.zeros(3, *size), logits, ((0, 0),), size)
-    ours = run(backend, torch.zeros(3, *size), logits, ((0, 0),), size)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_no_windows_and_corners_in_a_tensor(backend):
     total, logits = torch.rand(3, 5, 6), torch.randn(2, 3, 2, 2)
@@ -99,6 +98,44 @@ def test_any_strides_and_repeats_bitwise(backend):
         torch.set_num_threads(before)
     for again in runs[1:]:
         torch.testing.assert_close(runs[0], again, rtol=1e-6 if backend == "reference" else 0, atol=0)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_windows_are_added_in_their_order(backend):
+    """Sums are rounded: three windows at once give the bits of one after another, and other bits than in another order."""
+    total, logits = torch.rand(3, 9, 8), torch.randn(3, 3, 2, 2)
+    corners = ((0, 0), (2, 1), (1, 2))
+    together = run(backend, total, logits, corners, (6, 6))
+    orders = []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        out = total
+        for m in order:
+            out = run(backend, out, logits[m : m + 1], corners[m : m + 1], (6, 6))
+        orders.append(out)
+    assert torch.equal(together, orders[0])
+    assert not torch.equal(together, orders[1])
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+@pytest.mark.parametrize("size", [(3, 4), (6, 4), (3, 8)], ids=str)
+def test_a_neighbours_nan_is_not_spread_where_a_size_stays(backend, size):
+    logits = torch.randn(1, 3, 3, 4)
+    logits[0, 1, 1, 2] = torch.nan
+    expected = testing.plain_upsample_softmax_add(torch.zeros(3, *size), logits, ((0, 0),), size, False)
+    ours = run(backend, torch.zeros(3, *size), logits, ((0, 0),), size, False)
+    assert torch.equal(ours.isnan(), expected.isnan())
+
+
+def test_any_order():
+    logits, total = torch.randn(3, 13, 3, 5), torch.rand(13, 12, 150)
+    wide = torch.randn(3, 150, 2, 90)
+    testing.assert_same_in_any_order(
+        OP,
+        lambda: [
+            upsample_softmax_add(total.clone(), logits, ((0, 0), (2, 5), (4, -3)), (7, 140), flip=True),
+            upsample_softmax_add(torch.zeros(150, 4, 90), wide, ((0, 0), (0, 2), (1, 1)), (2, 60)),
+        ],
+    )
 
 
 def test_memory():
