@@ -62,6 +62,15 @@ def test_evaluation_without_gradients_folds_the_norm(memory_format):
     assert not calls
 
 
+def test_training_without_gradients_takes_the_batch_s_statistics():
+    factorised, concat = heads()
+    x = torch.randn(4, 24, 7, 10)
+    wide = copy.deepcopy(concat).double()
+    with torch.no_grad():
+        testing.assert_within(factorised(x), concat(x), wide(x.double()))
+    testing.assert_within(factorised.cls[1].running_mean, concat.cls[1].running_mean, wide.cls[1].running_mean)
+
+
 def test_state_dict_keys():
     factorised, concat = heads()
     keys = set(factorised.state_dict())
