@@ -9,7 +9,7 @@ def test_demo_compares_and_writes_its_pictures(tmp_path, capsys):
     difference = float(said.split("largest difference of the logits")[1].split(",")[0])
     assert difference < 1e-3
     assert float(said.split("same label")[1].split("%")[0]) > 99
-    assert "pyramid pooling module" in said
+    assert "head (pyramid, bottleneck, classifier)" in said
     assert {path.name for path in tmp_path.iterdir()} == {
         "street.png",
         *(f"street_{kind}.png" for kind in ("labels", "colour", "overlay")),
