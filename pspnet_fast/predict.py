@@ -78,9 +78,7 @@ class _Batch(NamedTuple):
     """Windows that the network saw at once."""
 
     logits: torch.Tensor  # (M, K, h', w'), as coarse as they come
-    corners: list[
-        tuple[int, int]
-    ]  # where each window begins in the picture at this scale, outside of it where it was padded
+    corners: list[tuple[int, int]]  # first row and column of each in the picture at its scale, negative in a border
     flipped: bool
 
 

@@ -11,10 +11,17 @@ struct alignas(16) Tap {
   float rest, fraction;
 };
 
+// `Integer` must hold (2 * size + 1) * (cells + 1).
+template <class Integer = int>
 __device__ __forceinline__ Tap tap_of(int pixel, int size, int cells, bool align_corners) {
-  const BilinearTap<int> tap = bilinear_tap(pixel, size, cells, align_corners);
-  const float f = fraction(tap.numerator, tap.denominator);
-  return {tap.lower, tap.upper, 1 - f, f};
+  const BilinearTap<Integer> tap = bilinear_tap<Integer>(pixel, size, cells, align_corners);
+  const float f = fraction(static_cast<int>(tap.numerator), static_cast<int>(tap.denominator));
+  return {static_cast<int>(tap.lower), static_cast<int>(tap.upper), 1 - f, f};
+}
+
+// Each product by itself, so that Inf and NaN go where torch's go.
+__device__ __forceinline__ float mix(float lower, float upper, float fraction) {
+  return (1 - fraction) * lower + fraction * upper;
 }
 
 // A tap's fraction where its lower cell is known: without the division that finds it.

@@ -46,10 +46,6 @@ struct CrossEntropy {
   float* gradient;
 };
 
-__device__ __forceinline__ float mix(float lower, float upper, float f) {
-  return (1 - f) * lower + f * upper;
-}
-
 __device__ __forceinline__ int64_t target_at(const CrossEntropy& a, int64_t at) {
   return a.target_is_bytes ? static_cast<const uint8_t*>(a.target)[at] : static_cast<const int64_t*>(a.target)[at];
 }

@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/taps.h"
 #include "geometry.h"
 #include "library.h"
 
@@ -36,21 +36,13 @@ struct SoftmaxWindow {
   bool align_corners, flip;
 };
 
-struct Tap {
-  int lower, upper;
-  float fraction;
-};
-
 // An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread.
-__device__ __forceinline__ Tap tap_of(int i, int size, int cells, bool align_corners) {
-  const BilinearTap<int64_t> tap = bilinear_tap<int64_t>(i, size, cells, align_corners);
-  return {static_cast<int>(tap.lower), static_cast<int>(size == cells ? tap.lower : tap.upper),
-          fraction(static_cast<int>(tap.numerator), static_cast<int>(tap.denominator))};
-}
-
-// Each product by itself, so that Inf and NaN go where torch's go.
-__device__ __forceinline__ float mix(float lower, float upper, float f) {
-  return (1 - f) * lower + f * upper;
+__device__ __forceinline__ Tap node_tap(int pixel, int size, int nodes, bool align_corners) {
+  Tap tap = tap_of<int64_t>(pixel, size, nodes, align_corners);
+  if (size == nodes) {
+    tap.upper = tap.lower;
+  }
+  return tap;
 }
 
 // A pixel's value of a class: between two nodes of the blended row in shared memory, or between four of the logits.
@@ -85,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, kShared ? 8 : 4) upsample_softmax_ad
   const int row = block / a.tiles, first = (block - row * a.tiles) * kThreads;
   // Threads past the end do as the last one does, and store nothing.
   const int column = min(first + thread, a.part_columns - 1), placed = a.first_column + column;
-  const Tap down = tap_of(a.first_row + row, a.height, a.rows, a.align_corners);
-  const Tap across = tap_of(a.flip ? a.width - 1 - placed : placed, a.width, a.columns, a.align_corners);
+  const Tap down = node_tap(a.first_row + row, a.height, a.rows, a.align_corners);
+  const Tap across = node_tap(a.flip ? a.width - 1 - placed : placed, a.width, a.columns, a.align_corners);
   const T* const top = static_cast<const T*>(a.logits) + down.lower * a.row_stride;
   const T* const bottom = static_cast<const T*>(a.logits) + down.upper * a.row_stride;
   Pixel<T, kShared> pixel{};
@@ -206,7 +198,6 @@ void upsample_softmax_add_forward(const Tensor& logits, Tensor total, const std:
     a.part_columns = static_cast<int>(last_column - first_column);
     a.tiles = static_cast<int>(divide_up(a.part_columns, kThreads));
     const int64_t blocks = a.tiles * (last_row - first_row);
-    check(blocks < (int64_t{1} << 31), op, "at most 2^31 blocks can be launched, ", blocks, " are needed");
     // Odd, so that neither threads that write neighbouring classes meet in a bank nor those that write neighbouring nodes.
     const int64_t pitch = nodes_of_tiles(a) | 1;
     const int64_t bytes = static_cast<int64_t>(sizeof(float)) * (2 + classes * pitch);
@@ -216,7 +207,7 @@ void upsample_softmax_add_forward(const Tensor& logits, Tensor total, const std:
       a.logits = data<T>(logits) + m * classes * rows * columns;
       const bool shared = bytes <= kMostShared;
       launch(shared ? upsample_softmax_add_kernel<T, true> : upsample_softmax_add_kernel<T, false>,
-             dim3(static_cast<unsigned>(blocks)), kThreads, shared ? static_cast<size_t>(bytes) : 0, a);
+             grid_of(op, blocks), kThreads, shared ? static_cast<size_t>(bytes) : 0, a);
     });
   }
 }

@@ -17,7 +17,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
     Its value and x's gradient are the library's. So is the weight's gradient, but in float32 on a CPU with AVX2: oneDNN's
     takes 1.2 to 1.5 times as long there as matrix products in NCHW, and 3 times in channels_last (`benchmarks/README.md`).
     """
-    if torch.is_grad_enabled() and weight.requires_grad and _products_pay(x, weight, padding):
+    if _products_pay(x, weight, padding):
         return cast(torch.Tensor, cast(Any, _Conv2d).apply(x, weight))
     return F.conv2d(x, weight, padding=padding)
 

@@ -8,7 +8,7 @@ Upsampling is linear, so the 1x1 or 3x3 convolution of the upsampled levels is o
     dz[n, cell (i, j), t, o] = sum over h, w of  U_h[h + dy - padding, i] U_w[w + dx - padding, j] dy[n, o, h, w]
 
 U are the interpolation matrices: at most two non-zero weights a row (`geometry.bilinear_tap`), and none in rows outside the
-map, which are the padding. z is the library's matrix product (`_conv2d_taps.py`); the kernels are the second line and
+map, which are the padding. z is the library's matrix product (`_pyramid_conv2d_taps.py`); the kernels are the second line and
 the third, each separable: along W for every row of cells and dy, then at most two rows a level and dy along H.
 Saved for backward: sizes by the kernels, pyramid and weight by the product.    Must move: the weight, and y written; onto
 an existing y, that one read, too.
@@ -24,8 +24,8 @@ import torch
 from ..backends import run
 from ..checks import check_bins, check_pyramid, check_same_device, check_same_dtype, check_shape, check_tensor
 from ..geometry import accumulation_dtype, cell_count, dense, memory_format
-from ._conv2d_taps import conv2d_taps
 from ._define import LIBRARY, autocast_dtype, define
+from ._pyramid_conv2d_taps import conv2d_taps
 
 
 def pyramid_conv2d(

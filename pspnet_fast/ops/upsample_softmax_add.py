@@ -72,7 +72,7 @@ def _pairs(op: str, corners: Sequence[Sequence[int]] | torch.Tensor, windows: in
         if corners.is_floating_point() or corners.device.type != "cpu":
             raise TypeError(f"{op}: corners must be integers on the CPU, got {corners.dtype} on {corners.device}")
         corners = corners.tolist()
-    if len(corners) != windows or any(len(pair) != 2 for pair in corners):
+    if len(corners) != windows or any(isinstance(pair, int) or len(pair) != 2 for pair in corners):
         raise ValueError(f"{op}: corners must be {windows} pairs (top, left), got {corners!r}")
     flat = [value for pair in corners for value in pair]
     if any(isinstance(value, bool) or not isinstance(value, int) for value in flat):

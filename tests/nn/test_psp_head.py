@@ -62,6 +62,20 @@ def test_evaluation_without_gradients_folds_the_norm(memory_format):
     assert not calls
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+def test_the_gradient_of_x_is_added_up_by_the_pooling(memory_format):
+    """Nothing else adds tensors of x's size: the convolution's gradient goes into the pooling's one kernel."""
+    factorised, _ = heads()
+    factorised, x = factorised.to(memory_format=memory_format), torch.randn(4, 24, 13, 10)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    out = factorised(x).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        out.backward()
+    calls = [event for event in profile.events() if list(x.shape) in event.input_shapes]
+    assert not [event.name for event in calls if event.name.startswith(("aten::add", "aten::cat", "aten::sum"))]
+    assert sum(event.name == "pspnet_fast::pyramid_pool_backward" for event in profile.events()) == 1
+
+
 def test_training_without_gradients_takes_the_batch_s_statistics():
     factorised, concat = heads()
     x = torch.randn(4, 24, 7, 10)

@@ -166,6 +166,25 @@ def test_weight_is_a_slice(backend, memory_format):
     )
 
 
+@pytest.mark.parametrize("view", ["taps_swapped", "expanded", "channels_innermost"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_of_any_strides(view, dtype):
+    """Of more output channels than are taken at once; its gradient, too."""
+    pyramid, weight = inputs((1, 3, 70, (4, 5), (1, 2), 3, 1), dtype)
+    view = {
+        "taps_swapped": lambda w: w.transpose(2, 3),
+        "expanded": lambda w: w[:, :1].expand(-1, 6, -1, -1),
+        "channels_innermost": lambda w: w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    }[view]
+    testing.assert_as_accurate(
+        lambda p, w: pyramid_conv2d(p, view(w), (4, 5), (1, 2)),
+        lambda p, w: testing.plain_pyramid_conv2d(p, view(w), (4, 5), (1, 2)),
+        [pyramid, weight],
+        "cpu",
+        torch.randn(1, 70, 4, 5).to(dtype),
+    )
+
+
 @pytest.mark.parametrize("backend", testing.backends(OP))
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 def test_no_images(backend, memory_format):

@@ -167,6 +167,7 @@ def test_opcheck():
         (torch.zeros(3, 4, 4).transpose(1, 2), ((0, 0),), (4, 4), ValueError, r"contiguous, got strides \(16, 1, 4\)"),
         (torch.zeros(3, 4, 4, device="meta"), ((0, 0),), (4, 4), ValueError, "one device, got meta and cpu"),
         (torch.zeros(3, 4, 4), ((0, 0), (0, 0)), (4, 4), ValueError, r"corners must be 1 pairs \(top, left\)"),
+        (torch.zeros(3, 4, 4), (0,), (4, 4), ValueError, r"corners must be 1 pairs \(top, left\)"),
         (torch.zeros(3, 4, 4), ((0, 0.5),), (4, 4), TypeError, "corners must be integers"),
         (torch.zeros(3, 4, 4), torch.zeros(1, 2), (4, 4), TypeError, "integers on the CPU, got torch.float32"),
         (torch.zeros(3, 4, 4), ((0, 0),), (4, 0), ValueError, "both positive"),

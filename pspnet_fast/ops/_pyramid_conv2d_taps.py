@@ -11,6 +11,7 @@ do 16-bit weights, which are widened there: 16 bits for z or dz would cost more 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from ._define import LIBRARY, define
 
 # Output channels in the buffer: 9 taps of 2048 channels in float32 are 2.4 MB.
 BLOCK = 32
+# Output channels whose taps one chain of the pyramid's gradient sums: 72 products for 3x3.
+TOGETHER = 8
 
 
 def conv2d_taps(pyramid: torch.Tensor, weight: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
@@ -29,18 +32,23 @@ def conv2d_taps(pyramid: torch.Tensor, weight: torch.Tensor, bins: Sequence[int]
     return z
 
 
-def _blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Some output channels, their part of the weight as (o, k*k, B*R), and that part where matrix products can work on it."""
-    by_taps = weight.permute(0, 2, 3, 1).flatten(1, 2)
-    channels, wide = len(weight), accumulation_dtype(weight.dtype)
-    if by_taps.stride(2) == 1 and weight.dtype == wide:
-        yield slice(0, channels), by_taps, by_taps
-        return
-    block = min(BLOCK, channels) if weight.device.type == "cpu" else channels
-    buffer = torch.empty((block, *by_taps.shape[1:]), dtype=wide, device=weight.device)
+def _blocks(*weights: torch.Tensor) -> Iterator[tuple[slice, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Some output channels at a time, and of each weight their part: as (o, k*k, B*R), and where products can work on it."""
+    wide = accumulation_dtype(weights[0].dtype)
+    by_taps = [weight.permute(0, 2, 3, 1).flatten(1, 2) for weight in weights]
+    channels, *rest = by_taps[0].shape
+    as_they_are = [view.stride(2) == 1 and view.dtype == wide for view in by_taps]
+    blocked = weights[0].device.type == "cpu" and not all(as_they_are)
+    block = min(BLOCK, channels) if blocked else channels
+    buffers = [
+        None if ready else view.new_empty((block, *rest), dtype=wide)
+        for view, ready in zip(by_taps, as_they_are, strict=True)
+    ]
     for start in range(0, channels, block):
-        part = by_taps[start : start + block]
-        yield slice(start, start + len(part)), part, buffer[: len(part)]
+        parts = [view[start : start + block] for view in by_taps]
+        count = len(parts[0])
+        rows = [part if buffer is None else buffer[:count] for part, buffer in zip(parts, buffers, strict=True)]
+        yield slice(start, start + count), list(zip(parts, rows, strict=True))
 
 
 def _of_level(rows: torch.Tensor, k: int, reduced: int) -> torch.Tensor:
@@ -48,12 +56,19 @@ def _of_level(rows: torch.Tensor, k: int, reduced: int) -> torch.Tensor:
     return rows[:, :, k * reduced : (k + 1) * reduced].flatten(0, 1)
 
 
+def _sum_of_products(d_taps: torch.Tensor, weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """d_taps^T weight, summed over (channels * k*k) in parts: for a handful of cells the library sums in one long chain."""
+    together = math.gcd(channels, TOGETHER)
+    parts = [factor.unflatten(0, (channels // together, -1)) for factor in (d_taps, weight)]
+    return torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0)
+
+
 def _forward(pyramid: torch.Tensor, weight: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
     z = _forward_fake(pyramid, weight, bins)
     n, reduced, area = pyramid.shape[0], pyramid.shape[2], z.shape[2]
     wide = [level.flatten(0, 1).to(z.dtype) for level in levels(pyramid, bins)]
     with torch.autocast(pyramid.device.type, enabled=False):
-        for channels, part, rows in _blocks(weight):
+        for channels, [(part, rows)] in _blocks(weight):
             if rows is not part:
                 rows.copy_(part)
             for k, (p, result) in enumerate(zip(wide, levels(z, bins), strict=True)):
@@ -76,12 +91,12 @@ def _backward(
     by_channel = [level.permute(3, 2, 0, 1).flatten(2).contiguous() for level in levels(dz, bins)]
     d_weight = _backward_fake(dz, pyramid, weight, bins)[1]
     with torch.autocast(pyramid.device.type, enabled=False):
-        for (channels, part, rows), (_, d_part, d_rows) in zip(_blocks(weight), _blocks(d_weight), strict=True):
+        for channels, [(part, rows), (d_part, d_rows)] in _blocks(weight, d_weight):
             if rows is not part:
                 rows.copy_(part)
             for k, (p, d_p, d) in enumerate(zip(wide, sums, by_channel, strict=True)):
                 d_taps = d[channels].flatten(0, 1)
-                d_p.addmm_(d_taps.t(), _of_level(rows, k, reduced))
+                d_p.add_(_sum_of_products(d_taps, _of_level(rows, k, reduced), len(rows)))
                 torch.mm(d_taps, p, out=_of_level(d_rows, k, reduced))
             if d_rows is not d_part:
                 d_part.copy_(d_rows)
