@@ -31,7 +31,25 @@ def pair(bins=(1, 2, 3, 6), in_dim=12, reduction_dim=5, **options):
 
 
 def compare(ours, plain, x, backend, training):
-    """Value, gradients and buffers by the accuracy rule."""
+    """Value, gradients and buffers by the accuracy rule, of several batches where kernels run at their own speed.
+
+    Together, as one batch's largest error, of plain PyTorch too, is noisy at the level of one cell.
+    """
+    slow = {"triton": interpreted(), "cuda": testing.emulated()}.get(backend)
+    runs = [
+        _run(ours, plain, each, backend, training)
+        for each in (x, *(torch.randn_like(x) for _ in range(0 if slow else 3)))
+    ]
+    for key in runs[0]["exact"]:
+        of_ours, of_plain, exact = ([run[name][key] for run in runs] for name in ("ours", "plain", "exact"))
+        if "num_batches" in key:
+            assert of_ours == exact
+        else:
+            testing.assert_within(torch.stack(of_ours), torch.stack(of_plain), torch.stack(exact), key)
+    return runs[0]["ours"]["value"]
+
+
+def _run(ours, plain, x, backend, training):
     cotangent = torch.randn(plain.eval()(x).shape)
     runs = {}
     for name, module, dtype, where in (
@@ -46,12 +64,7 @@ def compare(ours, plain, x, backend, training):
             out.backward(cotangent.to(where, dtype))
         parameters = {f"gradient of {key}": p.grad for key, p in module.named_parameters()}
         runs[name] = {"value": out, "gradient of x": leaf.grad, **parameters, **dict(module.named_buffers())}
-    for key, exact in runs["exact"].items():
-        if "num_batches" in key:
-            assert runs["ours"][key] == exact
-        else:
-            testing.assert_within(runs["ours"][key], runs["plain"][key], exact, key)
-    return runs["ours"]["value"]
+    return runs
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
