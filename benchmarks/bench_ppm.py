@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from workloads import BINS, WORKLOADS
 
 from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PPM, testing
+from pspnet_fast import PPM
 from pspnet_fast.backends import ops
+from pspnet_fast.nn.plain_ppm import PlainPPM
 
 
-class _PlainForCompile(testing.PlainPPM):
+class _PlainForCompile(PlainPPM):
     """torch.compile's training graph of bin 1 does not build on the CPU in torch 2.13: bin 1 is expanded, not interpolated."""
 
     def forward(self, x):
@@ -27,7 +28,7 @@ class _PlainForCompile(testing.PlainPPM):
 def _modules(workload, memory_format, device, dtype, training):
     shape = WORKLOADS[workload]
     x = torch.randn(shape.size, device=device).to(dtype).contiguous(memory_format=FORMATS[memory_format])
-    plain = testing.PlainPPM(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)
+    plain = PlainPPM(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)
     for level in plain.features:
         torch.nn.init.uniform_(level[2].running_var, 0.001, 0.01)
     ours = PPM(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)

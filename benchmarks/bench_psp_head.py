@@ -9,9 +9,10 @@ from torch import nn
 from workloads import BINS, WORKLOADS
 
 from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PSPHead, testing
+from pspnet_fast import PSPHead
 from pspnet_fast.backends import ops
 from pspnet_fast.nn.conv2d import weight_gradient
+from pspnet_fast.nn.plain_ppm import PlainPPM
 
 
 class _PlainHead(nn.Module):
@@ -32,7 +33,7 @@ def _heads(workload, memory_format, device, dtype, training):
     ours.cls = ours.cls[:3]
     for norm in (m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.001, 0.01)
-    plain = _PlainHead(testing.PlainPPM(shape.channels, shape.reduced, BINS), copy.deepcopy(ours.cls))
+    plain = _PlainHead(PlainPPM(shape.channels, shape.reduced, BINS), copy.deepcopy(ours.cls))
     plain.load_state_dict(ours.state_dict())
     return x, *(m.to(device, dtype, memory_format=layout).train(training) for m in (ours, plain))
 

@@ -8,8 +8,9 @@ from torch import nn
 from workloads import BINS, WORKLOADS
 
 from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PSPNet, testing
+from pspnet_fast import PSPNet
 from pspnet_fast.backends import ops
+from pspnet_fast.nn.plain_ppm import PlainPPM
 
 CLASSES = 150
 
@@ -20,7 +21,7 @@ class _Plain(nn.Module):
     def __init__(self, net):
         super().__init__()
         copied, channels = copy.deepcopy(net), net.channels[1]
-        copied.ppm = testing.PlainPPM(channels, channels // len(BINS), BINS)
+        copied.ppm = PlainPPM(channels, channels // len(BINS), BINS)
         copied.ppm.load_state_dict(net.ppm.state_dict())
         for name in ("layer0", "layer1", "layer2", "layer3", "layer4", "ppm", "cls", "aux"):
             setattr(self, name, getattr(copied, name))

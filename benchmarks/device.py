@@ -41,6 +41,7 @@ from pspnet_fast.functional import (
     upsample_cross_entropy,
     upsample_softmax_add,
 )
+from pspnet_fast.nn.plain_ppm import PlainPPM
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 OURS = ("triton", "cuda")
@@ -182,7 +183,7 @@ def ppm_cases(name: str, workload: Workload, memory_format: str) -> Iterator[Cas
     for training in (False, True):
         if training and n == 1:
             continue  # bin 1's batch norm would see one value per channel
-        plain = testing.PlainPPM(c, r, BINS).cuda().bfloat16().train(training)
+        plain = PlainPPM(c, r, BINS).cuda().bfloat16().train(training)
         ours = PPM(c, r, BINS).cuda().bfloat16().train(training)
         for level in plain.features:
             torch.nn.init.uniform_(level[2].running_var, 0.001, 0.01)
@@ -213,7 +214,7 @@ def _head_case(name: str, workload: Workload, memory_format: str, x: torch.Tenso
         ours.cls[2] = torch.nn.Identity()
     for norm in (m for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.uniform_(norm.running_var, 0.001, 0.01)
-    plain = torch.nn.Sequential(testing.PlainPPM(c, r, BINS), copy.deepcopy(ours.cls))
+    plain = torch.nn.Sequential(PlainPPM(c, r, BINS), copy.deepcopy(ours.cls))
     plain[0].load_state_dict(ours.ppm.state_dict())
     layout = FORMATS[memory_format]
     ours, plain = (m.cuda().bfloat16().to(memory_format=layout).train(training) for m in (ours, plain))

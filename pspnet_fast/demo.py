@@ -22,9 +22,9 @@ from .data.classes import CLASSES
 from .data.picture import draw_street
 from .functional import upsample_argmax
 from .models.pspnet import PSPNet
+from .nn.plain_ppm import PlainPPM
 from .nn.psp_head import psp_head
 from .predict import Protocol, make_folder, network_input, predict_file, read_picture, to_pixels
-from .testing import PlainPPM
 
 Stage = Callable[[torch.Tensor], torch.Tensor]
 

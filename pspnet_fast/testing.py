@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .backends import BACKENDS, Refusal, directions, emulated, find, interpreted, refusal, use_backend
 from .geometry import levels
@@ -130,36 +129,6 @@ def plain_upsample_softmax_add(
         part = part.flip(2) if flip else part
         wide[:, room + top : room + top + height, room + left : room + left + width] += weight * part
     return total if room == 0 else total.copy_(wide[:, room:-room, room:-room])
-
-
-class PlainPPM(nn.Module):
-    """The pyramid pooling module as it is usually written, with the parameters and keys of `pspnet_fast.PPM`."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        reduction_dim: int,
-        bins: Sequence[int] = (1, 2, 3, 6),
-        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        align_corners: bool = True,
-    ) -> None:
-        super().__init__()
-        self.align_corners = align_corners
-        self.features = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(b),
-                nn.Conv2d(in_dim, reduction_dim, 1, bias=False),
-                norm_layer(reduction_dim),
-                nn.ReLU(inplace=True),
-            )
-            for b in bins
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = [x]
-        for level in self.features:
-            maps.append(F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=self.align_corners))
-        return torch.cat(maps, 1)
 
 
 def device(backend: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from ..checks import check_bins, check_features
 from ..functional import upsample_argmax
 from ..nn.losses import UpsampleCrossEntropyLoss
+from ..nn.plain_ppm import PlainPPM, Pooling
 from ..nn.ppm import PPM
 from ..nn.psp_head import Head, check_head, classifier, psp_head
 from .checkpoint import Loadable, bare_state_dict, read_checkpoint
@@ -70,12 +71,14 @@ class PSPNet(Loadable):
             "torchvision": the ImageNet weights of the installed torchvision, which then downloads them if it must; for
             stem="plain" with the other choices as torchvision's ("halved" is its dilation, "full" loads too). Nothing
             else is ever downloaded.
-        stem, output_stride, dilation, stride_in, conv_bias, share_stage3: see `ResNet`.
+        stem, output_stride, dilation, stride_in, conv_bias, share_stage3, width: see `ResNet`.
         norm_layer: makes a norm from its channel count, everywhere in the network.
         align_corners: of every upsampling, in the pyramid and of the logits.
         aux: whether there is an auxiliary head.
         head: "factorised" never builds the concatenation, and computes the bottleneck with half the work (`PSPHead`); "concat"
             is the head as the paper draws it. Parameters, keys and results are the same, to rounding.
+        pooling, reduction: the paper's ablations of the pyramid ("max", and levels of all channels), in plain PyTorch: see
+            `PlainPPM`. The head is then "concat".
         backbone: any module instead of the ResNet: from (N, C, H, W) to a sequence of feature maps, of which the last
             two are taken. `layers` and the ResNet's choices then mean nothing and must be left alone. Its keys are
             under `backbone`.
@@ -118,10 +121,13 @@ class PSPNet(Loadable):
         stride_in: StrideIn = "conv2",
         conv_bias: bool = False,
         share_stage3: bool = False,
+        width: int = 64,
         norm_layer: NormLayer = nn.BatchNorm2d,
         align_corners: bool = True,
         aux: bool = True,
         head: Head = "factorised",
+        pooling: Pooling = "average",
+        reduction: bool = True,
         backbone: nn.Module | None = None,
         channels: tuple[int, int] | None = None,
     ) -> None:
@@ -144,6 +150,7 @@ class PSPNet(Loadable):
             "stride_in": stride_in,
             "conv_bias": conv_bias,
             "share_stage3": share_stage3,
+            "width": width,
         }
         _check_backbone(backbone, channels, {"layers": layers, **choices})
 
@@ -166,8 +173,12 @@ class PSPNet(Loadable):
             if len(bins) > fourth:
                 raise ValueError(f"PSPNet: there must be at most as many bins as channels = {fourth}, got {bins}")
             reduced = fourth // len(bins)
-            self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners)
-            in_channels += len(bins) * reduced
+            self.ppm: PPM | PlainPPM
+            if pooling == "average" and reduction:
+                self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners)
+            else:
+                self.ppm = PlainPPM(fourth, reduced, bins, norm_layer, align_corners, pooling, reduction)
+            in_channels += len(bins) * (reduced if reduction else fourth)
         self.cls = classifier(in_channels, max(fourth // 4, 1), classes, dropout, norm_layer)
         self.aux = classifier(third, max(third // 4, 1), classes, dropout, norm_layer) if aux else None
         if weights is not None and not of_resnet:

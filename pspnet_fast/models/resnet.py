@@ -27,6 +27,7 @@ class Choices(TypedDict):
     stride_in: StrideIn
     conv_bias: bool
     share_stage3: bool
+    width: int
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,13 @@ class ResNet(Loadable):
         norm_layer: makes a norm from its channel count.
         share_stage3: make the identity blocks of the third stage (`layer3`) one block, `layer3.1`, applied as often as
             there would be blocks: 22 times in ResNet-101.
+        width: channels inside the first stage's blocks; every other count of channels goes with it. 64 is the ResNet of the
+            paper, less is a smaller network for smaller tasks.
         classes: build the classifier `fc` on top, for so many classes.
 
     Shapes:
         x (N, 3, H, W) to the last two feature maps (N, C3, H3, W3) and (N, C4, H4, W4), where H4 is
-        (H - 1) // output_stride + 1 and `channels` holds C3 and C4: 256 and 512, four times that with bottlenecks.
+        (H - 1) // output_stride + 1 and `channels` holds C3 and C4: 4 and 8 widths, four times that with bottlenecks.
         With `classes`, to logits (N, classes).
 
     Raises:
@@ -178,6 +181,7 @@ class ResNet(Loadable):
         conv_bias: bool = False,
         norm_layer: NormLayer = nn.BatchNorm2d,
         share_stage3: bool = False,
+        width: int = 64,
         classes: int | None = None,
     ) -> None:
         super().__init__()
@@ -188,11 +192,13 @@ class ResNet(Loadable):
         _check_choice("stride_in", stride_in, ("conv2", "conv1"))
         if classes is not None and classes < 1:
             raise ValueError(f"ResNet: classes must be at least 1, got {classes}")
+        if width < 2 or width % 2:
+            raise ValueError(f"ResNet: width must be even and at least 2, got {width}")
         block, depths = LAYERS[layers]
         style = _Style(stride_in, conv_bias, norm_layer)
 
         kernel = 7 if stem == "plain" else 3
-        widths = (3, *STEMS[stem])
+        widths = (3, *(channels * width // 64 for channels in STEMS[stem]))
         for i in range(1, len(widths)):
             self.add_module(f"conv{i}", style.conv(widths[i - 1], widths[i], kernel, 2 if i == 1 else 1))
             self.add_module(f"bn{i}", norm_layer(widths[i]))
@@ -208,12 +214,12 @@ class ResNet(Loadable):
                 stride, rate = 1, 2 * rate
                 entry_rate = rate if dilation == "full" else entry_rate
             reached *= stride
-            width = 64 * 2**k
-            blocks: list[nn.Module] = [block(in_channels, width, stride, (entry_rate, rate), style)]
-            in_channels = width * block.expansion
+            inner = width * 2**k
+            blocks: list[nn.Module] = [block(in_channels, inner, stride, (entry_rate, rate), style)]
+            in_channels = inner * block.expansion
             shared = share_stage3 and k == 2
             for _ in range(1, 2 if shared else depth):
-                blocks.append(block(in_channels, width, 1, (rate, rate), style))
+                blocks.append(block(in_channels, inner, 1, (rate, rate), style))
             stages.append(RepeatedStage(blocks, depth - 1) if shared else nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.channels = (in_channels // 2, in_channels)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checks import check_bins, check_features
 from ..functional import pyramid_norm, pyramid_pool, pyramid_project, upsample_concat
 from ..geometry import accumulation_dtype, is_channels_last, levels
+from .sync_batch_norm import SyncBatchNorm
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class PPM(nn.Module):
 
     def _beyond_the_kernels(self) -> str | None:
         """Why the submodules are not a convolution, a batch norm and a ReLU that all levels share a mode of, or None."""
-        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        norms = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
         kinds = ((nn.AdaptiveAvgPool2d,), (nn.Conv2d,), norms, (nn.ReLU,))
         first = cast(_BatchNorm, cast(nn.Sequential, self.features[0])[2])
         for k, level in enumerate(cast("list[nn.Sequential]", self.features)):

@@ -14,6 +14,7 @@ from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
 from .conv2d import conv2d
 from .ppm import PPM, has_hooks
+from .sync_batch_norm import SyncBatchNorm
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class PSPHead(nn.Module):
         return psp_head(self.ppm, self.cls, x, self.head)
 
 
-def psp_head(ppm: PPM, cls: nn.Sequential, x: torch.Tensor, head: Head = "factorised") -> torch.Tensor:
+def psp_head(ppm: nn.Module, cls: nn.Sequential, x: torch.Tensor, head: Head = "factorised") -> torch.Tensor:
     """`cls(ppm(x))`, factorised where it can be."""
     if head == "concat":
         return cast(torch.Tensor, cls(ppm(x)))
@@ -113,7 +114,8 @@ def psp_head(ppm: PPM, cls: nn.Sequential, x: torch.Tensor, head: Head = "factor
         _LOG.debug("psp_head: the levels are upsampled and concatenated: %s", reason)
         return cast(torch.Tensor, cls(ppm(x)))
     conv, norm, *rest = list(cls)
-    conv, channels = cast(nn.Conv2d, conv), ppm.in_dim
+    ppm, conv = cast(PPM, ppm), cast(nn.Conv2d, conv)
+    channels = ppm.in_dim
     ppm.check(x)
     pyramid, x = pyramid_pool(x, ppm.bins, return_input=True)
     reduced = ppm.reduce(pyramid)
@@ -135,7 +137,7 @@ def psp_head(ppm: PPM, cls: nn.Sequential, x: torch.Tensor, head: Head = "factor
     return y
 
 
-def _beyond_the_factorised_form(ppm: PPM, cls: nn.Sequential) -> str | None:
+def _beyond_the_factorised_form(ppm: nn.Module, cls: nn.Sequential) -> str | None:
     """Why the head's modules are not a pyramid and a plain convolution over its concatenation, or None."""
     if type(ppm) is not PPM:
         return f"ppm is {type(ppm).__name__}"
@@ -156,7 +158,7 @@ def _beyond_the_factorised_form(ppm: PPM, cls: nn.Sequential) -> str | None:
 
 def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bool:
     """Whether norm and activation are a factor, a summand and a ReLU, and nobody asks for gradients."""
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(activation) is not nn.ReLU:
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm) or type(activation) is not nn.ReLU:
         return False
     if norm.training or norm.running_mean is None or has_hooks(norm) or has_hooks(activation):
         return False

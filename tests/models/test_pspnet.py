@@ -533,3 +533,18 @@ def test_training_builds_no_upsampled_logits(monkeypatch):
     assert (got.prediction == expected.prediction).float().mean() > 0.999  # but for two classes within rounding
     for mine, theirs in zip(ours.cls.parameters(), plain.cls.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [({"pooling": "max"}, 64 + 64), ({"reduction": False}, 64 * 3), ({"pooling": "max", "reduction": False}, 64 * 3)],
+)
+def test_the_paper_s_ablations(options, channels):
+    """Levels of half the channels where they are reduced, of all where not; they train, and predict what they compute."""
+    net = PSPNet(layers=18, width=8, bins=(1, 2), classes=4, **options)
+    assert net.cls[0].in_channels == channels
+    x = torch.randn(2, 3, 33, 41)
+    assert net(x, torch.randint(4, (2, 33, 41))).main_loss.isfinite()
+    net.eval()
+    with torch.no_grad():
+        assert torch.equal(net.predict(x).long(), net(x).argmax(1))

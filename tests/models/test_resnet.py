@@ -259,3 +259,19 @@ def test_argument_outside_the_choices_is_named(argument, value):
 def test_bad_image_is_named(x, error, message):
     with pytest.raises(error, match=message):
         on_meta(18)(x)
+
+
+@pytest.mark.parametrize("layers", [18, 50])
+@pytest.mark.parametrize("stem", ["deep", "v1c", "plain"])
+def test_width_scales_every_channel_count(layers, stem):
+    narrow, wide = (ResNet(layers, stem=stem, width=width).state_dict() for width in (16, 64))
+    assert set(narrow) == set(wide)
+    for name, tensor in wide.items():
+        expected = [n if n in (1, 3, 7) else n // 4 for n in tensor.shape]
+        assert [*narrow[name].shape] == expected, name
+
+
+@pytest.mark.parametrize("width", [0, 3, -2])
+def test_width_must_be_even(width):
+    with pytest.raises(ValueError, match=f"^ResNet: width must be even and at least 2, got {width}$"):
+        ResNet(18, width=width)

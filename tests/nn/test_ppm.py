@@ -9,13 +9,14 @@ from torch import nn
 
 from pspnet_fast import PPM, testing, use_backend
 from pspnet_fast.backends import interpreted, ops
+from pspnet_fast.nn.plain_ppm import PlainPPM
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 def pair(bins=(1, 2, 3, 6), in_dim=12, reduction_dim=5, **options):
     """Our module and the plain one with the same, not trivial, state."""
-    plain = testing.PlainPPM(in_dim, reduction_dim, bins, **options)
+    plain = PlainPPM(in_dim, reduction_dim, bins, **options)
     for level in plain.features:
         norm = level[2]
         if isinstance(norm, nn.BatchNorm2d):
@@ -99,7 +100,7 @@ def test_state_dict_both_ways():
     ours, plain = pair()
     assert list(ours.state_dict()) == list(plain.state_dict())
     assert ours.state_dict()["features.2.1.weight"].shape == (5, 12, 1, 1)
-    fresh = testing.PlainPPM(12, 5)
+    fresh = PlainPPM(12, 5)
     fresh.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 12, 8, 8)
     assert torch.equal(fresh.eval()(x), plain.eval()(x))
