@@ -1,8 +1,9 @@
-"""The command line: `pspnet-fast predict`, `pspnet-fast doctor`."""
+"""The command line: `pspnet-fast train`, `evaluate`, `predict`, `scenes` and `doctor`."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"pspnet_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_predict_arguments(commands.add_parser("predict", help="label pictures"))
+    commands.add_parser("train", add_help=False, help="train by a recipe, on one processor or, under torchrun, on many")
+    commands.add_parser(
+        "evaluate", add_help=False, help="mIoU, mAcc and aAcc of a trained network, by a recipe's protocol"
+    )
+    _add_scenes_arguments(commands.add_parser("scenes", help="draw a dataset to try the rest on"))
     commands.add_parser("doctor", help="print versions, hardware and backends, for a bug report")
+    argv = sys.argv[1:] if argv is None else [*argv]
+    if argv[:1] in (["train"], ["evaluate"]):  # recipes have a parser of their own
+        return (_train if argv[0] == "train" else _evaluate)(argv[1:])
     args = parser.parse_args(argv)
     if args.command == "doctor":
         print("\n".join(report()))
         return 0
-    return _predict(args)
+    return _scenes(args) if args.command == "scenes" else _predict(args)
+
+
+def _train(argv: Sequence[str]) -> int:
+    """Exit status 0; 1 where a loss was not finite; 2 where nothing could start; 143 where SIGTERM ended it, after saving."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        from . import config, train
+
+        recipe, run = config.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
+        result = train.train(recipe, run)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"pspnet-fast train: {error}", file=sys.stderr)
+        return 1 if type(error).__name__ == "TrainingError" else 2
+    if not result.finished:
+        print(f"pspnet-fast train: ended by a signal after iteration {result.iteration}, saved; --resume auto goes on")
+        return 143
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    """Exit status 0; 2 where nothing could start or go on."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        from . import config, evaluate
+        from .data.datasets import check_dataset
+        from .distributed import processes
+
+        words = "Evaluate a trained network by a recipe's protocol."
+        recipe, settings = config.parse("pspnet-fast evaluate", argv, config.Evaluating, words)
+        net, recipe = config.trained_network(settings.weights, recipe)
+        dataset = config.dataset_of(recipe, settings.split)
+        dataset = dataset._replace(samples=dataset.samples[: settings.images])
+        device = config.device_of(settings.device)
+        with processes(device) as ours:
+            if settings.check_data and ours.first:
+                check_dataset(dataset, 4)
+            device = ours.device(device)
+            net = config.placed(net, device, settings.channels_last)
+            with config.autocast(device, settings.precision):
+                result = evaluate.evaluate(
+                    net,
+                    dataset,
+                    config.protocol_of(recipe)._replace(batch_size=settings.windows),
+                    device=device,
+                    absent=recipe.absent,
+                    output=settings.output,
+                    predictions=settings.predictions,
+                    skip_corrupt=settings.skip_corrupt,
+                    progress=True,
+                    rank=ours.rank,
+                    world_size=ours.world_size,
+                )
+            if ours.first and settings.json is not None:
+                evaluate.write_json(result, settings.json)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"pspnet-fast evaluate: {error}", file=sys.stderr)
+        return 2
+    if ours.first:
+        for sentence in result.skipped:
+            print(f"pspnet-fast evaluate: skipped: {sentence}", file=sys.stderr)
+        print(evaluate.table(result))
+    return 0
+
+
+def _add_scenes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder, which gets ADE20K's layout")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="training images; a fifth as many validate (default 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
+    parser.add_argument("--size", type=int, nargs=2, default=(192, 144), metavar=("WIDTH", "HEIGHT"), help="in pixels")
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    try:
+        from .data.scenes import write_scenes
+
+        write_scenes(args.folder, args.images, args.seed, *args.size)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"pspnet-fast scenes: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.images} scenes to train on and {max(1, args.images // 5)} to validate, in {args.folder}")
+    return 0
 
 
 def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,20 +1,22 @@
-"""Pictures to labels: semseg's sliding windows, multiple scales and flips, and the files that are written.
+"""Pictures to labels: sliding windows, multiple scales and flips by named protocols, and the files that are written.
 
 The protocol is that of semseg (hszhao/semseg, tool/test.py): the picture is resized so that its long side is
 scale * base_size, cut into windows of `crop` that overlap by a third, the softmax of all windows averaged, resized to the
-picture's size, and averaged over scales. Everything runs on the network's device. `pspnet-fast predict` is its command line.
+picture's size, and averaged over scales. Caffe's, that of the paper's own code, differs from it in three points (`Protocol`).
+Everything runs on the network's device. `pspnet-fast predict` is its command line.
 
 Past 300 lines, because reading, legend and writing serve the protocol only and are read beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 
 from .data.classes import Classes
 from .functional import upsample_argmax, upsample_softmax_add
-from .geometry import bilinear_tap
+from .geometry import accumulation_dtype, bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
 
@@ -36,11 +38,13 @@ except ImportError as error:
 MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of RGB from 0 to 255
 STD = (58.395, 57.12, 57.375)
 PICTURES = (".jpg", ".jpeg", ".png")
-BAND = 2**24  # probabilities at the picture's size that are held at once: 64 MB
+BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
+
+Kind = Literal["semseg", "caffe"]
 
 
 class PictureError(ValueError):
-    """A file that is no picture, or a picture that cannot be written; the message names it."""
+    """A file that is no picture, or one that cannot be written; the message names it."""
 
 
 class Protocol(NamedTuple):
@@ -50,8 +54,13 @@ class Protocol(NamedTuple):
         crop: side of the square windows, in pixels; None shows whole pictures.
         base_size: length that the long side is resized to at scale 1; None keeps the picture's own.
         scales: factors of base_size; the probabilities are averaged over them.
-        flip: whether the mirrored picture is averaged in.
+        flip: whether the mirrored picture is shown, too.
         batch_size: windows in one call of the network.
+        kind: "semseg" (hszhao/semseg, tool/test.py): long side round(scale * base_size), the mean on all sides of a picture
+            smaller than the window, the softmax of both directions averaged. "caffe" (hszhao/PSPNet, evaluation/eval_sub.m,
+            scale_process.m, caffe_process.m): a long side longer by 1, the mean at the bottom and on the right, the logits
+            of both directions summed (not averaged) before the softmax. Matlab's imresize, which smooths what it shrinks
+            and rounds pixels to whole numbers, is not restated: both kinds resize alike.
     """
 
     crop: int | None = 473
@@ -59,6 +68,35 @@ class Protocol(NamedTuple):
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     batch_size: int = 4
+    kind: Kind = "semseg"
+
+
+# By name, as published for crops of 473; for another dataset: PROTOCOLS["caffe"]._replace(crop=713, base_size=2048).
+PROTOCOLS: Mapping[str, Protocol] = {
+    "semseg": Protocol(),
+    "caffe": Protocol(flip=True, kind="caffe"),
+    "whole": Protocol(crop=None, base_size=None, batch_size=1),
+}
+MULTIPLE_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of section 5 of the paper, with flips
+
+
+def _check_protocol(protocol: Protocol) -> None:
+    if protocol.kind not in get_args(Kind):
+        raise ValueError(f"Protocol: kind must be one of {', '.join(get_args(Kind))}, got {protocol.kind!r}")
+    for name in ("crop", "base_size", "batch_size"):
+        value = getattr(protocol, name)
+        if value is not None and value < 1:
+            raise ValueError(f"Protocol: {name} must be at least 1, got {value}")
+    if not protocol.scales or min(protocol.scales) <= 0:
+        raise ValueError(f"Protocol: scales must be positive, and one at least, got {protocol.scales}")
+
+
+def scaled_size(height: int, width: int, scale: float, protocol: Protocol) -> tuple[int, int]:
+    """Height and width that a picture is resized to at one scale."""
+    longest = max(height, width)
+    long_side = round(scale * (protocol.base_size or longest)) + (protocol.kind == "caffe")
+    rows, columns = (max(1, round(long_side / longest * side)) for side in (height, width))
+    return rows, columns
 
 
 def windows(size: int, crop: int) -> list[int]:
@@ -99,16 +137,16 @@ def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[
     """Show the picture to the network at every scale."""
     if pixels.dim() != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
         raise ValueError(f"predict: pixels must be (3, H, W), got {tuple(pixels.shape)}")
+    _check_protocol(protocol)
     image = network_input(pixels.float())
-    sides = image.shape[1], image.shape[2]
+    caffe = protocol.kind == "caffe"
     found = []
     for scale in protocol.scales:
-        long_side = round(scale * (protocol.base_size or max(sides)))
-        height, width = (max(1, round(long_side / max(sides) * side)) for side in sides)
+        height, width = scaled_size(image.shape[1], image.shape[2], scale, protocol)
         resized = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
         window = (height, width) if protocol.crop is None else (protocol.crop, protocol.crop)
         pad_h, pad_w = max(window[0] - height, 0), max(window[1] - width, 0)
-        top, left = pad_h // 2, pad_w // 2
+        top, left = (0, 0) if caffe else (pad_h // 2, pad_w // 2)
         padded = F.pad(resized, (left, pad_w - left, top, pad_h - top))  # the mean, once normalised, is 0
         rows, columns = (windows(n, crop) for n, crop in zip(padded.shape[1:], window, strict=True))
         corners = [(h, w) for h in rows for w in columns]
@@ -117,9 +155,14 @@ def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[
             some = corners[start : start + protocol.batch_size]
             crops = torch.stack([padded[:, h : h + window[0], w : w + window[1]] for h, w in some])
             places = [(h - top, w - left) for h, w in some]
-            for flipped in (False, True)[: 1 + protocol.flip]:
-                logits = _coarse_logits(net, crops.flip(3) if flipped else crops)
-                batches.append(_Batch(logits, places, flipped))
+            logits = _coarse_logits(net, crops)
+            mirrored = _coarse_logits(net, crops.flip(3)) if protocol.flip else None
+            if mirrored is not None and caffe:
+                # Upsampling is linear and its taps are symmetric: the sum may be taken of coarse logits, exact to rounding.
+                logits, mirrored = logits.to(accumulation_dtype(logits.dtype)) + mirrored.flip(3), None
+            batches.append(_Batch(logits, places, flipped=False))
+            if mirrored is not None:
+                batches.append(_Batch(mirrored, places, flipped=True))
         align_corners = net.align_corners if isinstance(net, PSPNet) else False
         found.append(_Scale((height, width), window, align_corners, batches))
     return found
@@ -172,7 +215,7 @@ def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protoc
         (K, H, W), float32, summing to 1 over K.
 
     Raises:
-        ValueError: pixels of another shape.
+        ValueError: pixels of another shape, or a protocol that cannot work.
     """
     scales = _by_scale(net, pixels, protocol)
     height, width = pixels.shape[1:]
@@ -225,8 +268,9 @@ def to_pixels(picture: Image.Image, device: torch.device) -> torch.Tensor:
 
 
 def colour(labels: torch.Tensor, classes: Classes) -> Image.Image:
-    """Labels (H, W) as a picture in the dataset's colours."""
-    palette = torch.tensor(classes.colours, dtype=torch.uint8)
+    """Labels (H, W) from 0 to 255 as a picture in the dataset's colours; white where a label, such as 255, is no class."""
+    palette = torch.full((256, 3), 255, dtype=torch.uint8)
+    palette[: len(classes.colours)] = torch.tensor(classes.colours, dtype=torch.uint8)
     return Image.fromarray(palette[labels.cpu().long()].numpy())
 
 
@@ -260,15 +304,23 @@ def _per_cent(part: int, whole: int) -> str:
     return f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Written under another name and then renamed, so that no half of a file is ever seen."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, which is then renamed: no half of a file is ever seen. PictureError names `path`."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        picture.save(temporary, format="PNG")
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """As PNG, by `replacing`."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def outputs(path: Path, folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from pspnet_fast import PSPNet, predict, testing
 from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.predict import (
     MEAN,
+    PROTOCOLS,
     STD,
     PictureError,
     Protocol,
@@ -23,7 +24,9 @@ from pspnet_fast.predict import (
     predict_labels,
     predict_probabilities,
     read_picture,
+    replacing,
     save,
+    scaled_size,
     windows,
 )
 
@@ -103,10 +106,98 @@ def test_sliding_windows_are_semsegs(size, scales, flip):
     assert torch.equal(ours.argmax(0), torch.tensor(expected).argmax(2))
 
 
+def caffe(net, image, crop, base_size, scales, flip):
+    """The protocol of hszhao/PSPNet's evaluation/*.m, restated plainly in NumPy. image (H, W, 3)."""
+    height, width, _ = image.shape
+    total = 0
+
+    def network(window):
+        x = torch.tensor(((window - MEAN) / STD).transpose(2, 0, 1)[None], dtype=torch.float32)
+        with torch.no_grad():
+            score = net(x)
+            if flip:
+                score = score + net(x.flip(3)).flip(3)
+        power = np.exp(score[0].numpy().transpose(1, 2, 0).astype(np.float64))
+        return power / power.sum(2, keepdims=True)
+
+    for scale in scales:
+        long_side = round(base_size * scale) + 1
+        new_h = long_side if height >= width else round(long_side / width * height)
+        new_w = long_side if width >= height else round(long_side / height * width)
+        scaled = resize(image, new_h, new_w)
+        padded = np.tile(np.array(MEAN), (max(crop, new_h), max(crop, new_w), 1))
+        padded[:new_h, :new_w] = scaled
+        stride = math.ceil(crop * 2 / 3)
+        sums, counts = np.zeros((*padded.shape[:2], 4)), np.zeros((*padded.shape[:2], 1))
+        for i in range(math.ceil((padded.shape[0] - crop) / stride) + 1):
+            for j in range(math.ceil((padded.shape[1] - crop) / stride) + 1):
+                bottom, right = min(i * stride + crop, padded.shape[0]), min(j * stride + crop, padded.shape[1])
+                sums[bottom - crop : bottom, right - crop : right] += network(
+                    padded[bottom - crop : bottom, right - crop : right]
+                )
+                counts[bottom - crop : bottom, right - crop : right] += 1
+        mean = resize((sums / counts)[:new_h, :new_w], height, width)
+        total = total + mean / mean.sum(2, keepdims=True)
+    return total / len(scales)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 1.75)], ids=str)
+@pytest.mark.parametrize("size", [(30, 44), (44, 30), (9, 40), (12, 16)], ids=str)
+def test_caffes_protocol(size, scales, flip):
+    net, image = Stub().eval(), np.random.default_rng(0).uniform(0, 255, (*size, 3)).astype(np.float32)
+    base_size = 40 if max(size) > 17 else 15  # the last is smaller than one window
+    expected = caffe(net, image.astype(np.float64), 17, base_size, scales, flip)
+    protocol = Protocol(17, base_size, scales, flip, batch_size=3, kind="caffe")
+    pixels = torch.tensor(image).permute(2, 0, 1)
+    ours = predict_probabilities(net, pixels, protocol)
+    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), expected, atol=2e-5)
+    assert torch.equal(ours.argmax(0), torch.tensor(expected).argmax(2))
+    assert torch.equal(predict_labels(net, pixels, protocol), ours.argmax(0))
+    other = predict_probabilities(net, pixels, protocol._replace(kind="semseg"))
+    assert (other - ours).abs().max() > 1e-3  # the two protocols are told apart
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_caffes_flip_sums_coarse_logits(align_corners):
+    """Mirrored and summed while they are coarse: the same as of the network's whole logits."""
+    torch.manual_seed(1)
+    net, pixels = shrinking(4), F.interpolate(torch.rand(1, 3, 3, 4) * 255, (21, 31), mode="bilinear")[0]
+    net.align_corners = align_corners
+    nn.init.normal_(net.cls[4].weight)
+    protocol = Protocol(17, 40, flip=True, kind="caffe")
+    expected = predict_probabilities(nn.Sequential(net), pixels, protocol)
+    torch.testing.assert_close(predict_probabilities(net, pixels, protocol), expected)
+
+
+def test_sizes_at_a_scale():
+    semseg_, caffe_ = PROTOCOLS["semseg"], PROTOCOLS["caffe"]
+    assert scaled_size(512, 683, 0.75, semseg_) == (288, 384)
+    assert scaled_size(683, 512, 0.75, caffe_) == (385, 289)
+    assert scaled_size(300, 400, 1.0, PROTOCOLS["whole"]) == (300, 400)
+    assert scaled_size(1, 1000, 1.0, semseg_) == (1, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "matlab"}, "kind must be one of semseg, caffe, got 'matlab'"),
+        ({"crop": 0}, "crop must be at least 1, got 0"),
+        ({"base_size": 0}, "base_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"scales": ()}, r"scales must be positive, and one at least, got \(\)"),
+        ({"scales": (1.0, 0.0)}, r"scales must be positive, and one at least, got \(1\.0, 0\.0\)"),
+    ],
+)
+def test_protocols_that_cannot_work(changes, words):
+    with pytest.raises(ValueError, match=f"^Protocol: {words}"):
+        predict_labels(Stub(), torch.zeros(3, 8, 8), Protocol()._replace(**changes))
+
+
 def test_whole_pictures():
     net = Stub().eval()
     pixels = torch.rand(3, 20, 31) * 255
-    ours = predict_probabilities(net, pixels, Protocol(crop=None, base_size=None))
+    ours = predict_probabilities(net, pixels, PROTOCOLS["whole"])
     mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
     torch.testing.assert_close(ours, net(((pixels - mean) / std)[None]).softmax(1)[0].detach())
     assert {shape[2:] for shape in net.sizes} == {(20, 31)}
@@ -246,6 +337,11 @@ def test_colours_and_legend():
     assert not (legend == classes.colours[2]).all(1).any()  # a class that is not there has none
 
 
+def test_what_is_no_class_is_white():
+    picture = np.asarray(colour(torch.tensor([[0, 255, 21]], dtype=torch.uint8), CLASSES["voc2012"]))
+    assert picture.tolist() == [[[0, 0, 0], [255, 255, 255], [255, 255, 255]]]
+
+
 def test_a_legend_longer_than_the_picture_says_how_many_are_left():
     labels = torch.arange(150, dtype=torch.uint8).repeat_interleave(20).view(50, 60)
     shown = overlay(Image.new("RGB", (60, 50), "white"), labels, CLASSES["ade20k"])
@@ -258,6 +354,24 @@ def test_save_leaves_no_part_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(PictureError, match="absent.*cannot be written"):
         save(Image.new("L", (4, 4)), tmp_path / "absent" / "a.png")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def fails_half_way():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_half_way()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "before"
+    with replacing(path) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "after"
 
 
 def test_load_network(tmp_path):

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._draw import Colour, shade, smooth_noise
+
 try:
     from PIL import Image, ImageDraw, ImageFilter
 except ImportError as error:
     raise ImportError(f"the drawn picture needs Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
 
-Colour = tuple[int, int, int]
 HORIZON = 0.56  # of the height
-
-
-def _shade(colour: Colour, factor: float) -> Colour:
-    red, green, blue = (min(255, round(factor * channel)) for channel in colour)
-    return red, green, blue
-
-
-def _smooth_noise(random: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Noise between 0 and 1 (height, width) that varies over about 1 / cells of the width."""
-    coarse = random.random((max(2, cells * height // width), cells)).astype(np.float32)
-    fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(fine).clip(0, 1)
 
 
 def _sky(random: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -31,7 +20,7 @@ def _sky(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     sky = (1 - depth) * np.array([88, 142, 206]) + depth * np.array([206, 224, 238])
     clouds = np.zeros((height, width))
     for i, cells in enumerate((6, 14, 34)):
-        clouds += _smooth_noise(random, height, width, cells) / (i + 1)
+        clouds += smooth_noise(random, height, width, cells) / (i + 1)
     cover = np.clip((clouds / 1.83 - 0.52) * 5, 0, 1)[..., None] * (0.35 + 0.65 * depth)
     mixed: np.ndarray = (1 - cover) * sky + cover * 246
     return mixed
@@ -39,17 +28,17 @@ def _sky(random: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def _building(draw: ImageDraw.ImageDraw, random: np.random.Generator, box: tuple[int, int, int, int]) -> None:
     left, top, right, bottom = box
-    wall = _shade(((178, 120, 98), (196, 178, 150), (150, 152, 160), (208, 196, 172))[random.integers(4)], 0.9)
+    wall = shade(((178, 120, 98), (196, 178, 150), (150, 152, 160), (208, 196, 172))[random.integers(4)], 0.9)
     draw.rectangle(box, fill=wall)
-    draw.rectangle((left, top, right, top + max(3, (bottom - top) // 40)), fill=_shade(wall, 0.7))
+    draw.rectangle((left, top, right, top + max(3, (bottom - top) // 40)), fill=shade(wall, 0.7))
     columns, floor = max(2, (right - left) // 26), 27
     step = (right - left) / columns
     for y in range(top + 14, bottom - 34, floor):
         for i in range(columns):
             x = left + i * step + step * 0.22
             pane = (70, 86, 104) if random.random() < 0.75 else (226, 206, 150)
-            draw.rectangle((x, y, x + step * 0.56, y + floor * 0.58), fill=pane, outline=_shade(wall, 0.75))
-    draw.rectangle((left, bottom - 26, right, bottom), fill=_shade(wall, 0.6))
+            draw.rectangle((x, y, x + step * 0.56, y + floor * 0.58), fill=pane, outline=shade(wall, 0.75))
+    draw.rectangle((left, bottom - 26, right, bottom), fill=shade(wall, 0.6))
 
 
 def _tree(draw: ImageDraw.ImageDraw, random: np.random.Generator, x: float, ground: float, size: float) -> None:
@@ -58,7 +47,7 @@ def _tree(draw: ImageDraw.ImageDraw, random: np.random.Generator, x: float, grou
         angle, radius = random.uniform(0, 2 * np.pi), size * 0.3 * np.sqrt(random.random())
         cx, cy = x + radius * np.cos(angle), ground - size * 0.7 + radius * np.sin(angle)
         leaf = size * random.uniform(0.08, 0.15)
-        green = _shade((66, 112, 52), random.uniform(0.75, 1.3) * (1.15 - 0.4 * (cy - ground + size) / size))
+        green = shade((66, 112, 52), random.uniform(0.75, 1.3) * (1.15 - 0.4 * (cy - ground + size) / size))
         draw.ellipse((cx - leaf, cy - leaf, cx + leaf, cy + leaf), fill=green)
 
 
@@ -76,7 +65,7 @@ def _car(draw: ImageDraw.ImageDraw, x: float, ground: float, size: float, paint:
         (x + size * 0.31, roof),
         (x + size * 0.42, body + 2),
     ]
-    draw.polygon(corners, fill=_shade(paint, 0.85))
+    draw.polygon(corners, fill=shade(paint, 0.85))
     glass = [(x - size * 0.36, body), (x - size * 0.27, roof + size * 0.05)]
     draw.polygon([*glass, (x + size * 0.27, roof + size * 0.05), (x + size * 0.36, body)], fill=(60, 76, 92))
     for side in (-1, 1):
@@ -157,6 +146,6 @@ def draw_street(seed: int = 0, width: int = 640, height: int = 480) -> Image.Ima
     _person(draw, width * 0.885, horizon + height * 0.14, height * 0.24, (48, 110, 96))
 
     soft = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float64)
-    light = 0.9 + 0.2 * _smooth_noise(random, height, width, 8)[..., None]
+    light = 0.9 + 0.2 * smooth_noise(random, height, width, 8)[..., None]
     texture = random.normal(0, 4, (height, width, 1)) + random.normal(0, 2, (height, width, 3))
     return Image.fromarray((soft * light + texture).clip(0, 255).astype(np.uint8))

@@ -1,0 +1,63 @@
+"""Pictures of results: the confusion matrix, and pictures side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+try:
+    from matplotlib.figure import Figure
+    from PIL import Image
+except ImportError as error:
+    raise ImportError(f"charts need matplotlib and Pillow ({error}): pip install 'pspnet_fast[train]'") from error
+
+NAMED = 40  # classes, up to which the confusion matrix names them
+GAP = 8  # pixels between pictures
+
+
+def confusion_picture(matrix: torch.Tensor, names: Sequence[str]) -> Image.Image:
+    """A confusion matrix as a picture: every row divided by its sum, grey where a class has no pixel.
+
+    Args:
+        matrix: (K, K), rows are targets, columns labels.
+        names: of the K classes; written along the axes for K up to 40.
+
+    Returns:
+        A picture in RGB.
+
+    Raises:
+        ValueError: a matrix that is not (K, K) for K names.
+    """
+    count = len(names)
+    if tuple(matrix.shape) != (count, count):
+        raise ValueError(f"confusion_picture: matrix must be ({count}, {count}), got {tuple(matrix.shape)}")
+    exact = matrix.cpu().double()
+    shares = np.ma.masked_invalid((exact / exact.sum(1, keepdim=True)).numpy())
+    side = 3 + (0.26 * count if count <= NAMED else 8)
+    figure = Figure(figsize=(side + 1, side), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if count <= NAMED:
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return Image.open(drawn).convert("RGB")
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height in a row, from left to right, on white."""
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return canvas

@@ -1,0 +1,44 @@
+"""The processes that torchrun starts: who this one is among them, and their process group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Processes(NamedTuple):
+    """The place of this process among those of torchrun."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """The GPU of this process where `device` names none."""
+        return torch.device("cuda", self.local_rank) if device.type == "cuda" and device.index is None else device
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[Processes]:
+    """Join torchrun's process group, NCCL on GPUs and gloo on CPUs, where it started this process; leave it at the end."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 and "RANK" not in os.environ:
+        yield Processes(0, 0, 1)
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        torch.cuda.set_device(Processes(0, local_rank, count).device(device))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), local_rank, dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
