@@ -6,12 +6,14 @@ import argparse
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from .data.classes import CLASSES
+from .data.classes import CLASSES, Classes
+from .models.checkpoint import read_checkpoint
+from .models.pspnet import PSPNet
 
 CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
@@ -130,8 +132,10 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of PSPNet, ours or semseg's")
     weights.add_argument("--random-weights", action="store_true", help="an untrained network, to try the command")
-    parser.add_argument("--dataset", choices=sorted(CLASSES), default="ade20k", help="names and colours of the classes")
-    parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
+    of_training = "; of a snapshot of a training, what it was trained with"
+    dataset = f"names and colours of the classes (default ade20k{of_training})"
+    parser.add_argument("--dataset", choices=sorted(CLASSES), help=dataset)
+    parser.add_argument("--layers", type=int, default=50, help=f"depth of the ResNet (default 50{of_training})")
     parser.add_argument("--crop", type=int, help="side of the sliding windows (default 473, cityscapes 713)")
     parser.add_argument("--whole", action="store_true", help="show whole pictures, at their own size, without windows")
     parser.add_argument("--base-size", type=int, help="long side at scale 1 (default 512, cityscapes 2048)")
@@ -149,18 +153,16 @@ def _predict(args: argparse.Namespace) -> int:
         from . import predict
 
         _check_predict_arguments(args)
+        paths = predict.pictures_of(args.pictures, args.output)
+        predict.make_folder(args.output)
+        net, classes, crop, base_size = _network(args)
         protocol = predict.Protocol(
-            crop=None if args.whole else args.crop or CROPS[args.dataset],
-            base_size=args.base_size or (None if args.whole else BASE_SIZES[args.dataset]),
+            crop=None if args.whole else args.crop or crop,
+            base_size=args.base_size or (None if args.whole else base_size),
             scales=tuple(args.scales),
             flip=args.flip,
             batch_size=args.batch_size,
         )
-        paths = predict.pictures_of(args.pictures, args.output)
-        predict.make_folder(args.output)
-        classes = CLASSES[args.dataset]
-        torch.manual_seed(0)  # --random-weights gives the same noise every time
-        net = predict.load_network(args.weights, args.layers, len(classes.names)).to(args.device)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"pspnet-fast predict: {error}", file=sys.stderr)
         return 2
@@ -171,6 +173,23 @@ def _predict(args: argparse.Namespace) -> int:
         print(f"pspnet-fast predict: {sentence}", file=sys.stderr)
     print(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
     return 1 if failed else 0
+
+
+def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None]:
+    """What predicts: the network, its classes, and the sides of windows and pictures that suit it."""
+    from . import predict
+
+    content = None if args.weights is None else read_checkpoint(args.weights)
+    if content is not None and isinstance(content.get("recipe"), Mapping):
+        from . import config
+
+        net, recipe = config.snapshot_network(content)
+        return net.to(args.device), recipe.class_table(), recipe.crop, recipe.base_size
+    dataset = args.dataset or "ade20k"
+    classes = CLASSES[dataset]
+    torch.manual_seed(0)  # --random-weights gives the same noise every time
+    net = predict.load_network(args.weights, args.layers, len(classes.names), content).to(args.device)
+    return net, classes, CROPS[dataset], BASE_SIZES[dataset]
 
 
 def _check_predict_arguments(args: argparse.Namespace) -> None:

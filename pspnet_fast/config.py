@@ -457,14 +457,21 @@ def trained_network(weights: Path, recipe: Recipe) -> tuple[PSPNet, Recipe]:
     """
     content = read_checkpoint(weights)
     if isinstance(content.get("recipe"), Mapping):
-        differing = differing_settings(recipe, content["recipe"])
-        saved, wanted = recipe_of(content["recipe"]), recipe
-        recipe = dataclasses.replace(recipe, **{name: getattr(saved, name) for name in NETWORK[2:]})
-        classes, own = (len(each.class_table().names) for each in (wanted, saved))
+        net, saved = snapshot_network(content)
+        classes, own = (len(each.class_table().names) for each in (recipe, saved))
         if classes != own:
-            raise CheckpointError(f"{weights}: has {own} classes ({saved.dataset}), and {wanted.dataset} {classes}")
-        if differing:
+            raise CheckpointError(f"{weights}: has {own} classes ({saved.dataset}), and {recipe.dataset} {classes}")
+        if differing := differing_settings(recipe, content["recipe"]):
             _LOG.warning("%s: the network is the snapshot's: %s", weights, ", ".join(differing))
+        return net, dataclasses.replace(recipe, **{name: getattr(saved, name) for name in NETWORK[2:]})
+    net = dataclasses.replace(recipe, backbone=None).network(aux=False)
+    net.load_state_dict(content)
+    return net.eval(), recipe
+
+
+def snapshot_network(content: Mapping[str, Any]) -> tuple[PSPNet, Recipe]:
+    """The network of a training's snapshot, in evaluation mode and without auxiliary head, and the recipe of the training."""
+    recipe = recipe_of(content["recipe"])
     net = dataclasses.replace(recipe, backbone=None).network(aux=False)
     net.load_state_dict(content)
     return net.eval(), recipe

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -342,8 +342,14 @@ def predict_file(net: nn.Module, path: Path, folder: Path, classes: Classes, pro
         save(made[kind], target)
 
 
-def load_network(weights: Path | None, layers: int, classes: int) -> PSPNet:
+def load_network(weights: Path | None, layers: int, classes: int, state: Mapping[str, Any] | None = None) -> PSPNet:
     """PSPNet in evaluation mode, with a checkpoint's weights, or at random for None.
+
+    Args:
+        weights: the checkpoint's file.
+        layers: depth of the ResNet.
+        classes: number of classes.
+        state: what `read_checkpoint` found in that file, where it has been read.
 
     Raises:
         OSError: no such file.
@@ -351,7 +357,7 @@ def load_network(weights: Path | None, layers: int, classes: int) -> PSPNet:
     """
     if weights is None:
         return PSPNet(layers=layers, classes=classes).eval()
-    state = read_checkpoint(weights)
+    state = read_checkpoint(weights) if state is None else state
     net = PSPNet(layers=layers, classes=classes, aux=False)
     head = bare_state_dict(state).get("cls.4.weight")
     if head is not None and head.shape[0] != classes:

@@ -1,10 +1,16 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import pspnet_fast
 from pspnet_fast import PSPNet, cli
+from pspnet_fast.config import Recipe, dataset_of, plain, protocol_of, recipe_of, trained_network
+from pspnet_fast.evaluate import evaluate as evaluate_network
 
 SMALL = ["--layers", "18", "--crop", "33", "--base-size", "40", "--dataset", "voc2012", "--device", "cpu"]
 
@@ -113,3 +119,90 @@ def test_doctor(capsys):
     assert f"torch        {torch.__version__}" in said
     for line in ("pyramid_pool_forward", "pyramid_norm_statistics", "upsample_concat_backward", "  reference"):
         assert line in said
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Drawn by the command, and a snapshot as a training of it leaves one."""
+    folder = tmp_path_factory.mktemp("data")
+    assert cli.main(["scenes", str(folder / "scenes"), "--images", "4", "--seed", "3", "--size", "64", "48"]) == 0
+    recipe = Recipe(dataset="scenes", layers=18, width=4, bins=(1, 2), crop=33, base_size=None)
+    torch.save({"model": recipe.network().state_dict(), "recipe": plain(recipe)}, folder / "best.pth")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain(recipe)))
+    return folder
+
+
+def test_scenes(scenes, capsys):
+    files = sorted(str(path.relative_to(scenes / "scenes")) for path in (scenes / "scenes").rglob("*.*"))
+    assert len(files) == 2 * (4 + 1)
+    assert files[0] == "annotations/training/scene_00000001.png"
+    assert cli.main(["scenes", str(scenes / "scenes")]) == 2
+    assert "scenes:" in capsys.readouterr().err
+    assert cli.main(["scenes", str(scenes / "other"), "--images", "0"]) == 2
+    assert "images must be at least 1, got 0" in capsys.readouterr().err
+
+
+def evaluate(scenes, *arguments):
+    options = ["--data", str(scenes / "scenes"), "--device", "cpu"]
+    return cli.main(["evaluate", str(scenes / "recipe.yaml"), *options, *map(str, arguments)])
+
+
+def test_evaluate(scenes, tmp_path, capsys):
+    """The table, the file, the folder; the network is the snapshot's."""
+    made = ["--output", tmp_path / "out", "--json", tmp_path / "scores.json", "--predictions"]
+    assert (
+        evaluate(scenes, "--weights", scenes / "best.pth", "--layers", "50", "--scales", "0.5", "1", "--flip", *made)
+        == 0
+    )
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert f"mIoU {100 * found['mIoU']:6.2f}" in said
+    assert (found["images"], found["protocol"]["scales"], found["protocol"]["flip"]) == (1, [0.5, 1.0], True)
+    assert found["classes"][0] == "sky"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("confusion.png", "per_class.csv", "results.json", "worst", "predictions")
+    }
+    assert evaluate(scenes, "--weights", scenes / "best.pth", "--split", "train", "--images", "3", "--check-data") == 0
+    assert "scenes train: 3 pictures" in capsys.readouterr().out
+
+
+def test_evaluate_agrees_with_the_function(scenes, tmp_path, capsys):
+    recipe = recipe_of(yaml.safe_load((scenes / "recipe.yaml").read_text()))
+    recipe = dataclasses.replace(recipe, data=scenes / "scenes")
+    net, _ = trained_network(scenes / "best.pth", recipe)
+    expected = evaluate_network(net, dataset_of(recipe, "val"), protocol_of(recipe), device="cpu")
+    assert (
+        evaluate(scenes, "--weights", scenes / "best.pth", "--json", tmp_path / "scores.json", "--no-channels-last")
+        == 0
+    )
+    assert json.loads((tmp_path / "scores.json").read_text())["IoU"] == [*expected.scores.iou]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "weights"),
+        (["--weights", "{tmp}/absent.pth"], "absent.pth"),
+        (["--weights", "{scenes}/best.pth", "--dataset", "ade20k"], "has 11 classes (scenes), and ade20k 150"),
+        (["--weights", "{scenes}/best.pth", "--data", "{tmp}"], "scenes: expected pictures in {tmp}/images/validation"),
+        (["--weights", "{scenes}/best.pth", "--scale", "1"], "no option 'scale', did you mean 'scales'"),
+        (["--weights", "{scenes}/recipe.yaml"], "cannot be read as a checkpoint"),
+        (["--weights", "{scenes}/best.pth", "--device", "tpu"], "device must be cpu, cuda or cuda:1"),
+    ],
+)
+def test_evaluate_refuses(scenes, tmp_path, capsys, arguments, words):
+    places = {"tmp": tmp_path, "scenes": scenes}
+    assert evaluate(scenes, *(argument.format(**places) for argument in arguments)) == 2
+    said = capsys.readouterr().err
+    assert "pspnet-fast evaluate: " in said
+    assert words.format(**places) in said
+
+
+def test_predict_by_a_snapshot(scenes, tmp_path, capsys):
+    """It knows its network, its classes and the size of its windows."""
+    picture = scenes / "scenes" / "images" / "validation" / "scene_00000001.jpg"
+    arguments = ["--weights", str(scenes / "best.pth"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["predict", str(picture), *arguments]) == 0
+    with Image.open(tmp_path / "out" / "scene_00000001_labels.png") as labels:
+        assert labels.size == (64, 48)
+        assert np.asarray(labels).max() < 11
