@@ -1,4 +1,4 @@
-"""Pictures of results: the confusion matrix, and pictures side by side."""
+"""Pictures of results: the confusion matrix, the learning curve, and pictures side by side."""
 
 from __future__ import annotations
 
@@ -47,9 +47,52 @@ def confusion_picture(matrix: torch.Tensor, names: Sequence[str]) -> Image.Image
         axes.set_xticks(range(count), names, rotation=90)
         axes.set_yticks(range(count), names)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
+    return _drawn(figure)
+
+
+def learning_curve(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[int, float]]) -> Image.Image:
+    """Loss and mIoU over iterations, as a picture in RGB.
+
+    Args:
+        losses: (iteration, loss), in the order of iterations; a running mean is drawn over them.
+        scores: (iteration, mIoU), a fraction of 1.
+    """
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    iterations, values = np.array([i for i, _ in losses]), np.array([value for _, value in losses])
+    left.plot(iterations, values, color="lightsteelblue", label="loss")
+    window = max(1, len(values) // 20)
+    if window > 1:
+        means = np.convolve(values, np.ones(window) / window, "valid")
+        left.plot(iterations[window - 1 :], means, color="navy", label=f"mean of {window}")
+        left.legend()
+    left.set_xlabel("iteration")
+    left.set_ylabel("training loss")
+    right.plot([i for i, _ in scores], [score for _, score in scores], color="seagreen", marker="o")
+    right.set_xlabel("iteration")
+    right.set_ylabel("mIoU of the validation")
+    right.set_ylim(0, 1)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Image.Image:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     return Image.open(drawn).convert("RGB")
+
+
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures, one below the other, on white."""
+    strips = [side_by_side(row) for row in rows]
+    height = sum(strip.height for strip in strips) + GAP * (len(strips) - 1)
+    canvas = Image.new("RGB", (max(strip.width for strip in strips), height), "white")
+    top = 0
+    for strip in strips:
+        canvas.paste(strip, (0, top))
+        top += strip.height + GAP
+    return canvas
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:

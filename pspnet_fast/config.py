@@ -80,11 +80,13 @@ class Recipe:
         batch_size: images in one step, of all processes together.
         iterations: steps of the training; this or `epochs`.
         epochs: passes over the training images; this or `iterations`.
+        optimizer: "sgd" with momentum, as in the paper, or "adamw", which small networks learn faster with from nothing.
         base_lr: learning rate of the backbone at the start.
         head_lr_factor: times base_lr, the learning rate of pyramid and classifiers.
-        momentum: of SGD.
-        weight_decay: of SGD, on every parameter.
+        momentum: of SGD; the first beta of AdamW.
+        weight_decay: on every parameter.
         power: the learning rate is base_lr * (1 - iteration / iterations) ** power, the "poly" policy.
+        warmup: iterations at the start, over which the learning rate rises to that from nothing.
         label_smoothing: of the loss, in [0, 1].
         ohem_threshold: online hard example mining, see `UpsampleCrossEntropyLoss`; null counts every pixel.
         ohem_min_kept: pixels of a process's batch that mining keeps at least.
@@ -118,11 +120,13 @@ class Recipe:
     batch_size: int = 16
     iterations: int | None = None
     epochs: int | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     base_lr: float = 0.01
     head_lr_factor: float = 10.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
+    warmup: int = 0
     label_smoothing: float = 0.0
     ohem_threshold: float | None = None
     ohem_min_kept: int = 100_000

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import snapshot
+from .charts import learning_curve
 from .config import (
     ConfigError,
     Precision,
@@ -49,7 +50,7 @@ from .evaluate import Evaluation, evaluate
 from .models.checkpoint import CheckpointError
 from .models.pspnet import PSPNet, TrainingOutput
 from .nn.sync_batch_norm import convert_sync_batch_norm
-from .predict import overlay, predict_labels, read_picture, to_pixels
+from .predict import overlay, predict_labels, read_picture, save, to_pixels
 
 try:
     from tqdm import tqdm
@@ -144,8 +145,12 @@ class Result(NamedTuple):
 
 
 def learning_rate(recipe: Recipe, iteration: int, iterations: int) -> float:
-    """base_lr * (1 - iteration / iterations) ** power, the backbone's rate in step `iteration`, counted from 0."""
-    return float(recipe.base_lr * (1 - iteration / iterations) ** recipe.power)
+    """base_lr * (1 - iteration / iterations) ** power, the backbone's rate in step `iteration`, counted from 0.
+
+    Over the first `warmup` iterations it is multiplied with (iteration + 1) / warmup.
+    """
+    rising = min(1.0, (iteration + 1) / recipe.warmup) if recipe.warmup else 1.0
+    return float(recipe.base_lr * (1 - iteration / iterations) ** recipe.power * rising)
 
 
 def parameter_groups(net: PSPNet, recipe: Recipe) -> list[dict[str, Any]]:
@@ -155,6 +160,14 @@ def parameter_groups(net: PSPNet, recipe: Recipe) -> list[dict[str, Any]]:
     of_backbone = [p for name, p in named if name.startswith(backbone)]
     of_head = [p for name, p in named if not name.startswith(backbone)]
     return [{"params": of_backbone, "factor": 1.0}, {"params": of_head, "factor": recipe.head_lr_factor}]
+
+
+def optimizer(net: PSPNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's, over `parameter_groups`."""
+    groups, rate, decay = parameter_groups(net, recipe), recipe.base_lr, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999), weight_decay=decay)
+    return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, weight_decay=decay)
 
 
 def iterations_of(recipe: Recipe, images: int) -> int:
@@ -172,7 +185,7 @@ def train(recipe: Recipe, run: Run) -> Result:
     """Train, validate and write snapshots, until the last iteration or SIGTERM.
 
     Returns:
-        How it went. `output` then holds last.pth, previous.pth, and best.pth where there were validations.
+        How it went. `output` then holds last.pth, previous.pth, best.pth of the best validation, and learning_curve.png.
 
     Raises:
         ConfigError: settings that cannot work. DatasetError: data that is not as it must be. CheckpointError: a snapshot of
@@ -252,12 +265,7 @@ class _Training:
 
         torch.manual_seed(run.seed)
         self.net = placed(recipe.network(), device, run.channels_last)
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(self.net, recipe),
-            lr=recipe.base_lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizer = optimizer(self.net, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self.first, self.best = 0, -math.inf
         self.losses: list[tuple[int, float]] = []
@@ -359,6 +367,8 @@ class _Training:
                     self._save(done)
                 if leaves:
                     break
+        if self.ours.first:
+            save(learning_curve(self.losses, self.scores), settings.output / "learning_curve.png")
         if self.board is not None:
             self.board.close()
         return Result(done, done == self.iterations, self.evaluation, self.losses, self.scores)

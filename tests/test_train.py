@@ -61,7 +61,9 @@ def test_a_run(tiny, tmp_path):
     result = train.train(recipe, run)
     assert (result.iteration, result.finished) == (6, True)
     assert [i for i, _ in result.losses] == [2, 4, 6]
-    assert sorted(os.listdir(run.output)) == sorted([snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS])
+    assert sorted(os.listdir(run.output)) == sorted(
+        [snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS, "learning_curve.png"]
+    )
     last, previous = (snapshot.read(run.output / name) for name in (snapshot.LAST, snapshot.PREVIOUS))
     assert (last["iteration"], previous["iteration"]) == (6, 4)
     assert not torch.equal(last["model"]["cls.4.weight"], previous["model"]["cls.4.weight"])
@@ -237,6 +239,10 @@ def test_schedule_and_parameter_groups(tiny, monkeypatch):
     expected = [0.02 * (1 - i / 4) ** 0.9 for i in range(4)]
     assert rates == [pytest.approx([rate, 10 * rate]) for rate in expected]
     assert learning_rate(recipe, 0, 4) == 0.02
+    rising = Recipe(base_lr=0.02, warmup=4)
+    assert [learning_rate(rising, i, 8) for i in (0, 3, 6)] == pytest.approx(
+        [0.005, 0.02 * (5 / 8) ** 0.9, 0.02 * (2 / 8) ** 0.9]
+    )
 
     net = recipe.network()
     of_backbone, of_head = (group["params"] for group in parameter_groups(net, recipe))
@@ -244,6 +250,19 @@ def test_schedule_and_parameter_groups(tiny, monkeypatch):
     assert len(of_backbone) + len(of_head) == len(names)
     assert {names[id(p)].split(".")[0] for p in of_backbone} == {f"layer{i}" for i in range(5)}
     assert {names[id(p)].split(".")[0] for p in of_head} == {"ppm", "cls", "aux"}
+
+
+def test_adamw(tiny):
+    """It trains, its rates are the schedule's, and it goes on to the bit."""
+    recipe, whole = tiny("whole", optimizer="adamw", base_lr=1e-3, weight_decay=0.01, validate_images=1)
+    made = train.optimizer(recipe.network(), recipe)
+    assert isinstance(made, torch.optim.AdamW)
+    assert [group["betas"] for group in made.param_groups] == [(0.9, 0.999)] * 2
+    assert [group["weight_decay"] for group in made.param_groups] == [0.01] * 2
+    train.train(recipe, whole)
+    _, again = tiny("again", resume=str(whole.output / snapshot.PREVIOUS), validate_images=1)
+    train.train(recipe, again)
+    assert_same(weights(again.output), weights(whole.output))
 
 
 def test_epochs():

@@ -1,15 +1,13 @@
-"""`make demo`: PSPNet from a picture to labels, once in plain PyTorch and once on the kernels, compared and timed.
+"""PSPNet from a picture to labels, once in plain PyTorch and once on the kernels, compared and timed.
 
 The network is untrained: what is shown is that both compute the same, and what each stage costs.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -17,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backends import choose
-from .data.classes import CLASSES
-from .data.picture import draw_street
-from .functional import upsample_argmax
-from .models.pspnet import PSPNet
-from .nn.plain_ppm import PlainPPM
-from .nn.psp_head import psp_head
-from .predict import Protocol, make_folder, network_input, predict_file, read_picture, to_pixels
+from ..backends import choose
+from ..functional import upsample_argmax
+from ..models.pspnet import PSPNet
+from ..nn.plain_ppm import PlainPPM
+from ..nn.psp_head import psp_head
+from ..predict import network_input, read_picture, to_pixels
 
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
@@ -82,39 +78,20 @@ def compare(
     return {name: (statistics.median(a), statistics.median(b)) for name, (a, b) in seconds.items()}, results
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demonstration; its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m pspnet_fast.demo", description=__doc__)
-    parser.add_argument("--image", type=Path, help="a picture of yours, instead of the one that the project draws")
-    parser.add_argument("--layers", type=int, default=50, help="depth of the ResNet (default 50)")
-    parser.add_argument("--crop", type=int, default=473, help="side of the input in pixels (default 473)")
-    parser.add_argument("--repeats", type=int, default=4, help="how often each stage is timed (default 4)")
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="default: build/demo")
-    args = parser.parse_args(argv)
+def show(path: Path, layers: int, crop: int, repeats: int) -> None:
+    """Compare on one picture, and print a table.
 
+    Raises:
+        PictureError: no picture at `path`. ValueError: no such ResNet.
+    """
     torch.manual_seed(0)
-    classes = CLASSES["ade20k"]
-    try:
-        if args.repeats < 1 or args.crop < 1:
-            raise ValueError(f"--repeats and --crop must be at least 1, got {args.repeats} and {args.crop}")
-        make_folder(args.output)
-        path = args.image or args.output / "street.png"
-        if args.image is None:
-            draw_street().save(path)
-        x = _input(path, args.crop)
-        net = PSPNet(layers=args.layers, classes=len(classes.names))
-    except (OSError, ValueError) as error:
-        print(f"pspnet_fast.demo: {error}", file=sys.stderr)
-        return 2
+    x = _input(path, crop)
+    net = PSPNet(layers=layers, classes=150)
     calibrate(net, torch.cat([x, x.flip(3)]))
     plain_ppm = PlainPPM(net.channels[1], net.channels[1] // 4).eval()
     plain_ppm.load_state_dict(net.ppm.state_dict())
-
-    medians, results = compare(plain_stages(net, plain_ppm, args.crop), our_stages(net, args.crop), x, args.repeats)
-    _print(medians, results, args.layers, choose("pyramid_pool", "forward", x)[0])
-    predict_file(net, path, args.output, classes, Protocol(crop=args.crop, base_size=args.crop))
-    print(f"\nPictures, by the untrained network (its labels mean nothing): {args.output}/{path.stem}_*.png")
-    return 0
+    medians, results = compare(plain_stages(net, plain_ppm, crop), our_stages(net, crop), x, repeats)
+    _print(medians, results, layers, choose("pyramid_pool", "forward", x)[0])
 
 
 def _input(path: Path, crop: int) -> torch.Tensor:
@@ -142,7 +119,3 @@ def _print(
     same = (plain_labels == labels).float().mean().item()
     print(f"\nlargest difference of the logits  {largest:.1e}, of values up to {plain.abs().max().item():.1f}")
     print(f"pixels with the same label        {100 * same:.3f} %")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

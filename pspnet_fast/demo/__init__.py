@@ -1,0 +1,1 @@
+"""`make demo`: PSPNet learns on drawn scenes, and plain PyTorch is compared with the kernels."""

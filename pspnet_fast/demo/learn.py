@@ -1,0 +1,97 @@
+"""A small PSPNet learns to label scenes that the project draws, and is tried on scenes it has never seen."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..charts import grid
+from ..config import Recipe, dataset_of, find_recipe, parse, protocol_of, trained_network
+from ..data.datasets import Dataset, read_sample
+from ..data.picture import draw_street
+from ..data.scenes import write_scenes
+from ..evaluate import evaluate, table
+from ..predict import colour, predict_file, predict_labels, read_picture, save, to_pixels
+from ..train import Run, train
+
+RECIPE = "scenes_pspnet18"
+SHOWN = 6
+
+
+def learn(output: Path, scenes: int, iterations: int | None) -> None:
+    """Draw, train, evaluate and predict; print what comes of it.
+
+    Args:
+        output: a folder, which gets the scenes, `run` (snapshots, learning curve), `evaluation`, `unseen.png` and the
+            street's overlay.
+        scenes: how many are drawn to train on; a fifth as many are unseen.
+        iterations: of the training, instead of the recipe's.
+    """
+    folder = output / f"scenes_{scenes}"
+    if not folder.exists():
+        write_scenes(folder, scenes)
+    recipe, run = parse(
+        "demo", [RECIPE, "--data", str(folder), "--output", str(output / "run"), "--workers", "1"], Run, ""
+    )
+    recipe = dataclasses.replace(recipe, iterations=iterations or recipe.iterations)
+    unseen = dataset_of(recipe, "val")
+    print(
+        f"{scenes} drawn scenes to learn from, {len(unseen.samples)} to be tested on, {len(unseen.classes.names)} classes"
+    )
+    print(
+        f"recipe: {find_recipe(RECIPE).name}, {recipe.iterations} iterations of {recipe.batch_size} crops of {recipe.crop}"
+    )
+
+    torch.manual_seed(run.seed)
+    untrained = evaluate(recipe.network(aux=False).eval(), unseen, protocol_of(recipe), device="cpu")
+    start = time.perf_counter()
+    with _threads(max(1, torch.get_num_threads() - run.workers)):
+        train(recipe, run)
+    seconds = time.perf_counter() - start
+    best = run.output / "best.pth"
+    net, recipe = trained_network(best, recipe)
+    trained = evaluate(net, unseen, protocol_of(recipe), device="cpu", output=output / "evaluation")
+    print(f"\n{table(trained)}")
+    print(
+        f"\nmIoU on unseen scenes: {untrained.scores.miou:.3f} untrained, {trained.scores.miou:.3f} after {seconds:.0f} s"
+    )
+
+    _unseen_sheet(net, unseen, recipe, output / "unseen.png")
+    street = output / "street.png"
+    draw_street().save(street)
+    predict_file(net, street, output, unseen.classes, protocol_of(recipe)._replace(base_size=256))
+    for what, path in (
+        ("scene, labels, prediction", output / "unseen.png"),
+        ("a street of another hand", output / "street_overlay.png"),
+        ("learning curve", run.output / "learning_curve.png"),
+        ("worst scenes, confusion matrix", output / "evaluation"),
+        ("checkpoint", best),
+    ):
+        print(f"{what:32}{path}")
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads compute, which leaves the rest to the loader: where they share a core, all wait for the slowest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _unseen_sheet(net: torch.nn.Module, unseen: Dataset, recipe: Recipe, path: Path) -> None:
+    """The first unseen scenes, a row each: the scene, its labels, what the network says."""
+    rows = []
+    for sample in unseen.samples[:SHOWN]:
+        picture = read_picture(sample.image)
+        truth = torch.from_numpy(read_sample(sample, unseen)[1])
+        labels = predict_labels(net, to_pixels(picture, torch.device("cpu")), protocol_of(recipe))
+        rows.append([picture, *(colour(each, unseen.classes) for each in (truth, labels))])
+    save(grid(rows), path)
