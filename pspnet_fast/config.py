@@ -33,12 +33,6 @@ from .nn.ppm import PPM
 from .nn.psp_head import Head
 from .predict import Protocol
 
-try:
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
-except ImportError as error:
-    raise ImportError(f"recipes need jsonargparse and PyYAML ({error}): pip install 'pspnet_fast[train]'") from error
-
 Precision = Literal["fp32", "bf16", "fp16"]
 DatasetName = Literal["ade20k", "voc2012", "cityscapes", "scenes", "list"]
 Settings = TypeVar("Settings")
@@ -238,7 +232,12 @@ def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str
     Raises:
         ConfigError: an unknown recipe, option or key (with the nearest name), a value of another type, settings that cannot
             work. SystemExit 0 after `--help` and `--print_config`.
+        ImportError: jsonargparse is not installed; nothing else here needs it.
     """
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser
+    except ImportError as error:
+        raise ImportError(f"recipes need jsonargparse ({error}): pip install 'pspnet_fast[train]'") from error
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.usage = f"{prog} CONFIG [--option VALUE ...]"
     parser.add_argument("--config", action="config", help="a YAML file of settings, in place of CONFIG or over it")
@@ -284,8 +283,7 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(settings: Any) -> dict[str, Any]:
     """A dataclass as a dictionary of what YAML and JSON know: lists, and strings for paths."""
-    text = yaml.safe_dump(_plain(dataclasses.asdict(settings)))
-    return cast("dict[str, Any]", yaml.safe_load(text))
+    return cast("dict[str, Any]", _plain(dataclasses.asdict(settings)))
 
 
 def _plain(value: Any) -> Any:

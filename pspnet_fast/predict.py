@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data.classes import Classes
+from .data.normalisation import MEAN, STD
 from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import accumulation_dtype, bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
@@ -35,8 +36,6 @@ try:
 except ImportError as error:
     raise ImportError(f"predict needs Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
 
-MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of RGB from 0 to 255
-STD = (58.395, 57.12, 57.375)
 PICTURES = (".jpg", ".jpeg", ".png")
 BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
 

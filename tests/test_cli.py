@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pspnet_fast import PSPNet, cli
 from pspnet_fast.config import Recipe, dataset_of, plain, protocol_of, recipe_of, trained_network
 from pspnet_fast.evaluate import evaluate as evaluate_network
 
+needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
 SMALL = ["--layers", "18", "--crop", "33", "--base-size", "40", "--dataset", "voc2012", "--device", "cpu"]
 
 
@@ -147,6 +149,7 @@ def evaluate(scenes, *arguments):
     return cli.main(["evaluate", str(scenes / "recipe.yaml"), *options, *map(str, arguments)])
 
 
+@needs_parser
 def test_evaluate(scenes, tmp_path, capsys):
     """The table, the file, the folder; the network is the snapshot's."""
     made = ["--output", tmp_path / "out", "--json", tmp_path / "scores.json", "--predictions"]
@@ -166,6 +169,7 @@ def test_evaluate(scenes, tmp_path, capsys):
     assert "scenes train: 3 pictures" in capsys.readouterr().out
 
 
+@needs_parser
 def test_evaluate_agrees_with_the_function(scenes, tmp_path, capsys):
     recipe = recipe_of(yaml.safe_load((scenes / "recipe.yaml").read_text()))
     recipe = dataclasses.replace(recipe, data=scenes / "scenes")
@@ -178,6 +182,7 @@ def test_evaluate_agrees_with_the_function(scenes, tmp_path, capsys):
     assert json.loads((tmp_path / "scores.json").read_text())["IoU"] == [*expected.scores.iou]
 
 
+@needs_parser
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -26,6 +26,8 @@ from pspnet_fast.models.checkpoint import CheckpointError
 from pspnet_fast.models.resnet import LAYERS
 from pspnet_fast.nn.plain_ppm import PlainPPM
 
+pytest.importorskip("jsonargparse")
+
 DEEP = {"ade20k": 150_000, "voc2012": 30_000, "cityscapes": 90_000}
 
 

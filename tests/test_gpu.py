@@ -157,3 +157,23 @@ def test_after_memory_ran_out_the_next_call_works(backend):
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert torch.equal(ppm(x), expected)
+
+
+def test_training_repeats_and_resumes_bitwise(tmp_path):
+    """PSPNet with --deterministic: twice the same weights, and again the same where the run was resumed in its middle."""
+    from pspnet_fast import snapshot
+    from pspnet_fast.config import Recipe
+    from pspnet_fast.data.scenes import write_scenes
+    from pspnet_fast.train import Run, train
+
+    write_scenes(tmp_path / "scenes", 8, width=128, height=96)
+    recipe = Recipe(dataset="scenes", data=tmp_path / "scenes", layers=18, crop=97, batch_size=4, iterations=6)
+
+    def weights(name, **options):
+        run = Run(output=tmp_path / name, workers=1, checkpoint_every=3, deterministic=True, device="cuda", **options)
+        train(recipe, run)
+        return snapshot.read(run.output / snapshot.LAST)["model"]
+
+    first = weights("first")
+    for other in (weights("second"), weights("third", resume=str(tmp_path / "first" / snapshot.PREVIOUS))):
+        assert all(torch.equal(other[key], tensor) for key, tensor in first.items())

@@ -12,10 +12,9 @@ from torch import nn
 
 from pspnet_fast import PSPNet, predict, testing
 from pspnet_fast.data.classes import CLASSES
+from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.predict import (
-    MEAN,
     PROTOCOLS,
-    STD,
     PictureError,
     Protocol,
     colour,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pspnet_fast.data.transforms import Augmentation
 from pspnet_fast.models.checkpoint import CheckpointError
 from pspnet_fast.train import Run, TrainingError, iterations_of, learning_rate, parameter_groups
 
+needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
 TINY = {"dataset": "scenes", "layers": 18, "width": 4, "stem": "v1c", "bins": (1, 2), "crop": 33, "base_size": 64}
 
 
@@ -105,6 +107,7 @@ def command(recipe, run, folder, *more):
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@needs_parser
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_at_any_moment(tiny, tmp_path, number, status):
     """Sent to a process in the middle of its run; what goes on from there ends as the run that nobody disturbed."""
@@ -384,6 +387,7 @@ def test_a_damaged_snapshot_is_skipped(tiny, caplog):
     assert_same(weights(run.output), expected)
 
 
+@needs_parser
 def test_a_full_disk(tiny, monkeypatch, capsys, tmp_path):
     """The command ends with the reason, and the snapshot of before is whole."""
     recipe, run = tiny()
@@ -461,6 +465,7 @@ def test_runs_that_cannot_work(name, value):
         Run(**{name: value})
 
 
+@needs_parser
 def test_the_command(tiny, tmp_path, capsys):
     recipe, run = tiny(iterations=2)
     path = tmp_path / "tiny.yaml"

@@ -20,13 +20,13 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
+from .normalisation import MEAN, STD
+
 try:
     import cv2
 except ImportError as error:
     raise ImportError(f"the transforms need OpenCV ({error}): pip install 'pspnet_fast[train]'") from error
 
-MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of RGB from 0 to 255
-STD = (58.395, 57.12, 57.375)
 IGNORED = 255
 CROP_RETRIES = 10  # of `cat_max_ratio`
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18  # hue in OpenCV's steps of two degrees

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,8 +48,7 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
     torch.manual_seed(run.seed)
     untrained = evaluate(recipe.network(aux=False).eval(), unseen, protocol_of(recipe), device="cpu")
     start = time.perf_counter()
-    with _threads(max(1, torch.get_num_threads() - run.workers)):
-        train(recipe, run)
+    train(recipe, run)
     seconds = time.perf_counter() - start
     best = run.output / "best.pth"
     net, recipe = trained_network(best, recipe)
@@ -73,17 +70,6 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
         ("checkpoint", best),
     ):
         print(f"{what:32}{path}")
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads compute, which leaves the rest to the loader: where they share a core, all wait for the slowest."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _unseen_sheet(net: torch.nn.Module, unseen: Dataset, recipe: Recipe, path: Path) -> None:

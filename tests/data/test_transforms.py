@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from pspnet_fast.data import transforms
+from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.data.transforms import (
-    MEAN,
-    STD,
     Augmentation,
     Chance,
     Colours,
