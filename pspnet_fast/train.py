@@ -42,6 +42,7 @@ from .config import (
     placed,
     plain,
     protocol_of,
+    recipe_of,
 )
 from .data.datasets import IGNORED, check_dataset
 from .data.loader import Batch, Samples, Steps, loader
@@ -61,6 +62,8 @@ _LOG = logging.getLogger(__name__)
 
 SHOWN = 4  # pictures of predictions
 # torch 2.13 has another name for it.
+# Settings of a run that weights depend on to the bit.
+_EXACT = ("seed", "precision", "channels_last", "compile", "accumulate", "clip_norm", "sync_bn")
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SENDS_BUFFERS = "forward_sync_buffers" if _NEW_NAME else "broadcast_buffers"
 
@@ -305,8 +308,13 @@ class _Training:
             path = Path(wanted)
             content = snapshot.read(path)
         differing = differing_settings(self.recipe, content["recipe"])
+        saved = recipe_of(content["recipe"])
+        if saved.optimizer != self.recipe.optimizer:
+            differing.append(f"optimizer {saved.optimizer} instead of {self.recipe.optimizer}")
+        if (saved.aux_weight > 0) != (self.recipe.aux_weight > 0):
+            differing.append(f"aux_weight {saved.aux_weight} instead of {self.recipe.aux_weight}")
         if differing:
-            raise CheckpointError(f"{path}: is a snapshot of another network: {', '.join(differing)}")
+            raise CheckpointError(f"{path}: is a snapshot of another training: {', '.join(differing)}")
         self.net.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
@@ -318,8 +326,8 @@ class _Training:
             f"{name} {before} -> {now}"
             for name, before, now in (
                 ("processes", content["processes"], self.ours.world_size),
-                ("seed", content["seed"], self.settings.seed),
                 ("torch", content["torch"], torch.__version__),
+                *((name, content["run"][name], getattr(self.settings, name)) for name in _EXACT),
                 *((name, content["recipe"][name], value) for name, value in plain(self.recipe).items()),
             )
             if before != now and name != "data"
@@ -508,7 +516,7 @@ class _Training:
             "losses": self.losses,
             "scores": self.scores,
             "recipe": plain(self.recipe),
-            "seed": self.settings.seed,
+            "run": {name: getattr(self.settings, name) for name in _EXACT},
             "processes": self.ours.world_size,
             "torch": str(torch.__version__),
         }

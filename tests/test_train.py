@@ -225,6 +225,13 @@ def test_another_number_of_processes_goes_on(tiny, caplog):
     with caplog.at_level(logging.WARNING):
         train.train(recipe, again)
     assert "processes 2 -> 1" in caplog.text
+    assert "not to the bit" in caplog.text
+    caplog.clear()
+    _, finished = tiny("run", resume="auto", precision="bf16", **options)
+    with caplog.at_level(logging.WARNING):
+        result = train.train(recipe, finished)
+    assert (result.iteration, result.finished, result.evaluation) == (6, True, None)
+    assert "precision fp32 -> bf16" in caplog.text
 
 
 def test_schedule_and_parameter_groups(tiny, monkeypatch):
@@ -360,7 +367,7 @@ def test_a_loss_that_is_not_finite(tiny, capsys):
             assert all(t.isfinite().all() for t in weights(run.output, name).values())
 
 
-def test_another_network(tiny):
+def test_another_training(tiny):
     recipe, run = tiny(iterations=2, validate_images=1)
     train.train(recipe, run)
     for change, words in (
@@ -368,7 +375,7 @@ def test_another_network(tiny):
         ({"layers": 34}, "layers 18 instead of 34"),
     ):
         recipe, other = tiny(iterations=4, resume="auto", **change)
-        with pytest.raises(CheckpointError, match=f"last.pth: is a snapshot of another network: {words}$"):
+        with pytest.raises(CheckpointError, match=f"last.pth: is a snapshot of another training: {words}$"):
             train.train(recipe, other)
     recipe, other = tiny(iterations=1, resume="auto")
     with pytest.raises(ConfigError, match="has 2 iterations, more than the 1 of this run"):
@@ -474,7 +481,7 @@ def test_the_command(tiny, tmp_path, capsys):
     assert cli.main(["train", str(path), *options]) == 0
     assert snapshot.read(run.output / snapshot.LAST)["recipe"] == plain(recipe)
     assert cli.main(["train", str(path), *options, "--bins", "1", "--resume", "auto"]) == 2
-    assert "another network: bins [1, 2] instead of [1]" in capsys.readouterr().err
+    assert "another training: bins [1, 2] instead of [1]" in capsys.readouterr().err
     assert cli.main(["train", str(path), *options, "--data", str(tmp_path / "none")]) == 2
     assert f"scenes: expected a folder at {tmp_path / 'none'}" in capsys.readouterr().err
     assert cli.main(["train", str(path), *options, "--base-lr", "1e30", "--iterations", "6"]) == 1
