@@ -73,6 +73,7 @@ def learning_curve(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[i
     right.set_ylabel("mIoU of the validation")
     right.set_ylim(0, 1)
     for axes in (left, right):
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     return _drawn(figure)
 

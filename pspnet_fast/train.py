@@ -264,6 +264,8 @@ class _Training:
                 check_dataset(dataset, max(1, run.workers))
         self.iterations = iterations_of(recipe, len(self.data.samples))
         if ours.first:
+            for dataset in (self.data, self.validation):
+                _LOG.info("%s: %s", dataset.split, dataset.source)
             run.output.mkdir(parents=True, exist_ok=True)
 
         torch.manual_seed(run.seed)

@@ -58,9 +58,12 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run(tiny, tmp_path):
+def test_a_run(tiny, scenes, caplog):
     recipe, run = tiny()
-    result = train.train(recipe, run)
+    with caplog.at_level(logging.INFO):
+        result = train.train(recipe, run)
+    assert f"train: 10 pictures of {scenes}/images/training" in caplog.text
+    assert f"val: 2 pictures of {scenes}/images/validation" in caplog.text
     assert (result.iteration, result.finished) == (6, True)
     assert [i for i, _ in result.losses] == [2, 4, 6]
     assert sorted(os.listdir(run.output)) == sorted(
