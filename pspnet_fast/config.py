@@ -74,7 +74,7 @@ class Recipe:
         batch_size: images in one step, of all processes together.
         iterations: steps of the training; this or `epochs`.
         epochs: passes over the training images; this or `iterations`.
-        optimizer: "sgd" with momentum, as in the paper, or "adamw", which small networks learn faster with from nothing.
+        optimizer: "sgd" with momentum, as in the paper, or "adamw".
         base_lr: learning rate of the backbone at the start.
         head_lr_factor: times base_lr, the learning rate of pyramid and classifiers.
         momentum: of SGD; the first beta of AdamW.
