@@ -48,12 +48,15 @@ def _train(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         from . import config, train
-
+    except ImportError as error:
+        print(f"pspnet-fast train: {error}", file=sys.stderr)
+        return 2
+    try:
         recipe, run = config.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
         result = train.train(recipe, run)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"pspnet-fast train: {error}", file=sys.stderr)
-        return 1 if type(error).__name__ == "TrainingError" else 2
+        return 1 if isinstance(error, train.TrainingError) else 2
     if not result.finished:
         print(f"pspnet-fast train: ended by a signal after iteration {result.iteration}, saved; --resume auto goes on")
         return 143

@@ -132,9 +132,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "layers", "width", "crop", "batch_size", "classes", "iterations", "epochs", "base_size")
-        _at_least(
-            self, 0, "aux_weight", "base_lr", "head_lr_factor", "momentum", "weight_decay", "power", "ohem_min_kept"
-        )
+        _at_least(self, 0, "aux_weight", "base_lr", "head_lr_factor", "momentum", "weight_decay", "power")
+        _at_least(self, 0, "warmup", "ohem_min_kept")
         if self.crop < self.output_stride:
             raise ConfigError(f"crop must be at least output_stride = {self.output_stride}, got {self.crop}")
         if not self.bins or min(self.bins) < 1:
@@ -408,7 +407,7 @@ def dataset_of(recipe: Recipe, split: str) -> Dataset:
 
 
 def differing_settings(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
-    """What makes the network of a snapshot another one than the recipe's, as sentences "layers 18 -> 50"."""
+    """What makes the network of a snapshot another one than the recipe's, such as "layers 18 instead of 50"."""
     before, now = plain(recipe_of(saved)), plain(recipe)
     return [f"{name} {before[name]} instead of {now[name]}" for name in NETWORK if before[name] != now[name]]
 

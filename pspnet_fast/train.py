@@ -44,26 +44,27 @@ from .config import (
     protocol_of,
     recipe_of,
 )
-from .data.datasets import IGNORED, check_dataset
+from .data.datasets import IGNORED, check_dataset, read_image
 from .data.loader import Batch, Samples, Steps, loader
 from .distributed import Processes, processes
 from .evaluate import Evaluation, evaluate
 from .models.checkpoint import CheckpointError
 from .models.pspnet import PSPNet, TrainingOutput
 from .nn.sync_batch_norm import convert_sync_batch_norm
-from .predict import overlay, predict_labels, read_picture, save, to_pixels
+from .predict import overlay, predict_labels, save, to_pixels
 
 try:
+    from PIL import Image
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"training needs tqdm ({error}): pip install 'pspnet_fast[train]'") from error
+    raise ImportError(f"training needs Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'") from error
 
 _LOG = logging.getLogger(__name__)
 
 SHOWN = 4  # pictures of predictions
-# torch 2.13 has another name for it.
 # Settings of a run that weights depend on to the bit.
 _EXACT = ("seed", "precision", "channels_last", "compile", "accumulate", "clip_norm", "sync_bn")
+# torch 2.13 has another name for it.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SENDS_BUFFERS = "forward_sync_buffers" if _NEW_NAME else "broadcast_buffers"
 
@@ -329,6 +330,7 @@ class _Training:
             for name, before, now in (
                 ("processes", content["processes"], self.ours.world_size),
                 ("torch", content["torch"], torch.__version__),
+                ("training images", content["images"], len(self.data.samples)),
                 *((name, content["run"][name], getattr(self.settings, name)) for name in _EXACT),
                 *((name, content["recipe"][name], value) for name, value in plain(self.recipe).items()),
             )
@@ -425,7 +427,7 @@ class _Training:
         pixels = torch.stack([(each != IGNORED).sum() for each in labels]).sum()
         if self.ours.world_size > 1:
             dist.all_reduce(pixels)
-        return [self.ours.world_size / pixels] * len(labels)
+        return [self.ours.world_size / pixels.clamp(min=1)] * len(labels)  # where all are ignored, the loss is 0
 
     def _look(self, done: int, pending: Sequence[torch.Tensor], asked: bool, bar: tqdm[Any]) -> bool:
         """Log the steps since the last look; whether any process was asked to stop. Every process comes here together.
@@ -493,10 +495,10 @@ class _Training:
             snapshot.save(self._content(done), self.settings.output / snapshot.BEST)
 
     def _show(self, board: Any, done: int) -> None:
-        """Predictions of the first validation images, coloured over the images, for TensorBoard."""
+        """Predictions of the first images that were evaluated, coloured over the images, for TensorBoard."""
         self.net.eval()
-        for i, sample in enumerate(self.validation.samples[:SHOWN]):
-            picture = read_picture(sample.image)
+        for i, evaluated in enumerate(cast(Evaluation, self.evaluation).images[:SHOWN]):
+            picture = Image.fromarray(read_image(evaluated.image))
             with autocast(self.device, self.settings.precision):
                 labels = predict_labels(self.net, to_pixels(picture, self.device), protocol_of(self.recipe))
             drawn = np.asarray(overlay(picture, labels, self.validation.classes))
@@ -519,6 +521,7 @@ class _Training:
             "scores": self.scores,
             "recipe": plain(self.recipe),
             "run": {name: getattr(self.settings, name) for name in _EXACT},
+            "images": len(self.data.samples),
             "processes": self.ours.world_size,
             "torch": str(torch.__version__),
         }

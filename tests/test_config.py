@@ -128,6 +128,7 @@ def test_own_settings_and_files(tmp_path):
         (["ade20k_pspnet50", "--batch-size", "many"], "batch_size.*many"),
         (["ade20k_pspnet50", "stray"], "stray"),
         (["ade20k_pspnet50", "--crop", "4"], "^crop must be at least output_stride = 8, got 4$"),
+        (["ade20k_pspnet50", "--warmup", "-1"], "^warmup must be at least 0, got -1$"),
         (["ade20k_pspnet50", "--classes", "0"], "^classes must be at least 1, got 0$"),
         (["ade20k_pspnet50", "--bins", "0"], "^bins must be positive"),
         (["ade20k_pspnet50", "--scales", "0"], "^scales must be positive"),

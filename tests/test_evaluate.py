@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
+from pspnet_fast.charts import confusion_picture
 from pspnet_fast.data.classes import Classes
 from pspnet_fast.data.datasets import DatasetError, find_dataset, read_sample
 from pspnet_fast.evaluate import Evaluation, ImageScore, evaluate, table, to_json, write_json
@@ -295,21 +296,20 @@ def test_networks_and_datasets_that_cannot_work(net, dataset, tmp_path):
 
 
 def test_confusion_picture():
-    charts = pytest.importorskip("pspnet_fast.charts")
     matrix = torch.tensor([[5, 1, 0, 2], [3, 4, 1, 0], [0, 0, 9, 1], [1, 7, 0, 2]])
     drawn, scaled, turned = (
-        np.asarray(charts.confusion_picture(one, FOUR.names))
+        np.asarray(confusion_picture(one, FOUR.names))
         for one in (matrix, matrix * torch.tensor([[1], [7], [2], [5]]), matrix.T)
     )
     np.testing.assert_array_equal(drawn, scaled)  # rows are normalised
     assert (drawn != turned).any()
-    empty = np.asarray(charts.confusion_picture(torch.zeros(4, 4, dtype=torch.int64), FOUR.names))
+    empty = np.asarray(confusion_picture(torch.zeros(4, 4, dtype=torch.int64), FOUR.names))
     grey = (empty == 211).all(2).mean()
     assert grey > 0.2 > (drawn == 211).all(2).mean()
-    many = charts.confusion_picture(torch.eye(150), [f"class {i}" for i in range(150)])
+    many = confusion_picture(torch.eye(150), [f"class {i}" for i in range(150)])
     assert max(many.size) < 2000
     with pytest.raises(ValueError, match=r"confusion_picture: matrix must be \(4, 4\), got \(3, 3\)"):
-        charts.confusion_picture(torch.eye(3), FOUR.names)
+        confusion_picture(torch.eye(3), FOUR.names)
 
 
 def test_matplotlib_is_missed_at_the_start_and_only_where_it_is_needed(net, dataset, tmp_path, monkeypatch):

@@ -107,21 +107,25 @@ def command(recipe, run, folder, *more):
     path = folder / f"{run.output.name}.yaml"
     path.write_text(yaml.safe_dump(settings))
     line = [sys.executable, "-m", "pspnet_fast.cli", "train", str(path), *more]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @needs_parser
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_at_any_moment(tiny, tmp_path, number, status):
-    """Sent to a process in the middle of its run; what goes on from there ends as the run that nobody disturbed."""
+@pytest.mark.parametrize(
+    ("number", "status", "send", "workers"),
+    [(signal.SIGTERM, 143, os.kill, 0), (signal.SIGTERM, 143, os.killpg, 2), (signal.SIGKILL, -9, os.killpg, 0)],
+    ids=["SIGTERM", "SIGTERM_with_workers", "SIGKILL"],
+)
+def test_a_signal_at_any_moment(tiny, tmp_path, number, status, send, workers):
+    """In the middle of a run, to it alone or to its loader's workers, too; it goes on as the run that nobody disturbed."""
     options = {"iterations": 20, "checkpoint_every": 3, "validate_images": 1}
     recipe, whole = tiny("whole", **options)
     train.train(recipe, whole)
-    recipe, run = tiny("disturbed", resume="auto", **options)
+    recipe, run = tiny("disturbed", resume="auto", workers=workers, **options)
     process = command(recipe, run, tmp_path)
     while not (run.output / snapshot.PREVIOUS).exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
+    send(process.pid, number)
     _, errors = process.communicate()
     assert process.returncode == status, errors
     done = snapshot.latest(run.output)[1]["iteration"]
@@ -163,13 +167,13 @@ def _process(rank, world_size, port, recipe, run):
     train.train(recipe, run)
 
 
-def in_processes(recipe, run, world_size=2):
+def in_processes(recipe, run, world_size=2, process=_process):
     import socket
 
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_process, (world_size, port, recipe, run), nprocs=world_size, start_method="fork")
+    mp.start_processes(process, (world_size, port, recipe, run), nprocs=world_size, start_method="fork")
 
 
 def largest_difference(a, b):
@@ -194,6 +198,55 @@ def test_two_processes_are_one_with_the_joint_batch(tiny):
     assert [i for i, _ in content["losses"]] == [2, 3]
     for ours, theirs in zip(content["losses"], first.losses, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_all_processes_leave_together(tiny, monkeypatch):
+    """Where one of two is asked to stop: at the next look, and what goes on ends as one process with the joint batch."""
+    options = {"dropout": 0.0, "validate_images": 2}
+    recipe, whole = tiny("whole", **options)
+    train.train(recipe, whole)
+    _, run = tiny("run", resume="auto", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Stop, "__enter__", lambda self: setattr(self, "asked", os.environ["RANK"] == "1") or self)
+        in_processes(recipe, run)
+    assert snapshot.read(run.output / snapshot.LAST)["iteration"] == 2
+    in_processes(recipe, run)
+    assert largest_difference(weights(run.output), weights(whole.output)) < 5e-4
+
+
+def _broken(rank, world_size, port, recipe, run):
+    send = train._Training._to_device
+
+    def broken(self, batch):
+        images, labels = send(self, batch)
+        return images * float("nan") if rank == 1 else images, labels
+
+    train._Training._to_device = broken
+    try:
+        _process(rank, world_size, port, recipe, run)
+    except TrainingError as error:
+        (run.output / f"error.{rank}").write_text(str(error))
+
+
+def test_a_loss_that_is_not_finite_in_one_process(tiny):
+    """All end; the one whose it is names the files of its half of the batch."""
+    recipe, run = tiny(sync_bn=False)
+    in_processes(recipe, run, process=_broken)
+    own, other = ((run.output / f"error.{rank}").read_text() for rank in (1, 0))
+    assert other == "iteration 0: the loss of another process is not finite"
+    assert own.startswith("iteration 0: the loss is not finite (main nan")
+    assert own.count(".jpg") == 2
+
+
+def test_a_batch_without_labels_is_no_loss(tiny, monkeypatch):
+    """Nothing to learn, nothing broken."""
+    send = train._Training._to_device
+    monkeypatch.setattr(
+        train._Training, "_to_device", lambda self, batch: (send(self, batch)[0], torch.full_like(batch[1].long(), 255))
+    )
+    recipe, run = tiny(iterations=2, validate_images=1)
+    assert train.train(recipe, run).losses == [(2, 0.0)]
+    assert all(tensor.isfinite().all() for tensor in weights(run.output).values())
 
 
 def test_micro_batches_add_up_as_processes_do(tiny):

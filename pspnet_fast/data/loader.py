@@ -122,6 +122,7 @@ def loader(samples: Samples, steps: Steps, workers: int, device: torch.device) -
 
 
 def _init_worker(worker_id: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the training process decides, and its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A terminal's Ctrl-C and a scheduler's SIGTERM reach every process: the training process decides when workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     init_worker(worker_id)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ..charts import grid
 from ..config import Recipe, dataset_of, find_recipe, parse, protocol_of, trained_network
@@ -14,7 +15,7 @@ from ..data.datasets import Dataset, read_sample
 from ..data.picture import draw_street
 from ..data.scenes import write_scenes
 from ..evaluate import evaluate, table
-from ..predict import colour, predict_file, predict_labels, read_picture, save, to_pixels
+from ..predict import colour, predict_file, predict_labels, save
 from ..train import Run, train
 
 RECIPE = "scenes_pspnet18"
@@ -75,8 +76,8 @@ def _unseen_sheet(net: torch.nn.Module, unseen: Dataset, recipe: Recipe, path: P
     """The first unseen scenes, a row each: the scene, its labels, what the network says."""
     rows = []
     for sample in unseen.samples[:SHOWN]:
-        picture = read_picture(sample.image)
-        truth = torch.from_numpy(read_sample(sample, unseen)[1])
-        labels = predict_labels(net, to_pixels(picture, torch.device("cpu")), protocol_of(recipe))
-        rows.append([picture, *(colour(each, unseen.classes) for each in (truth, labels))])
+        image, truth = read_sample(sample, unseen)
+        labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1), protocol_of(recipe))
+        maps = (torch.from_numpy(truth), labels)
+        rows.append([Image.fromarray(image), *(colour(each, unseen.classes) for each in maps)])
     save(grid(rows), path)

@@ -20,6 +20,7 @@ from pspnet_fast.data.datasets import (
     read_labels,
     read_sample,
 )
+from pspnet_fast.data.scenes import SCENES
 
 HEIGHT, WIDTH = 6, 9
 THREE = Classes(("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
@@ -103,9 +104,8 @@ def test_scenes_have_their_own_classes(tmp_path):
 
 
 def test_scenes_find_their_classes(tmp_path):
-    scenes = pytest.importorskip("pspnet_fast.data.scenes")
-    ade20k(tmp_path, values=(0, 1, len(scenes.SCENES.names)))
-    assert find_dataset("scenes", tmp_path, "train").classes == scenes.SCENES
+    ade20k(tmp_path, values=(0, 1, len(SCENES.names)))
+    assert find_dataset("scenes", tmp_path, "train").classes == SCENES
 
 
 def test_a_folder_that_is_not_there(tmp_path):
