@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pspnet_fast import train
-from pspnet_fast.config import Recipe, placed
+from pspnet_fast.config import Recipe
 from pspnet_fast.data.scenes import write_scenes
+from pspnet_fast.placement import placed
 
 STEPS = 6  # of a turn, the first is not counted
 TURNS = 2

@@ -47,12 +47,12 @@ def _train(argv: Sequence[str]) -> int:
     """Exit status 0; 1 where a loss was not finite; 2 where nothing could start; 143 where SIGTERM ended it, after saving."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        from . import config, train
+        from . import arguments, train
     except ImportError as error:
         print(f"pspnet-fast train: {error}", file=sys.stderr)
         return 2
     try:
-        recipe, run = config.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
+        recipe, run = arguments.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
         result = train.train(recipe, run)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"pspnet-fast train: {error}", file=sys.stderr)
@@ -67,22 +67,22 @@ def _evaluate(argv: Sequence[str]) -> int:
     """Exit status 0; 2 where nothing could start or go on."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        from . import config, evaluate
+        from . import arguments, config, evaluate, placement
         from .data.datasets import check_dataset
         from .distributed import processes
 
         words = "Evaluate a trained network by a recipe's protocol."
-        recipe, settings = config.parse("pspnet-fast evaluate", argv, config.Evaluating, words)
+        recipe, settings = arguments.parse("pspnet-fast evaluate", argv, arguments.Evaluating, words)
         net, recipe = config.trained_network(settings.weights, recipe)
         dataset = config.dataset_of(recipe, settings.split)
         dataset = dataset._replace(samples=dataset.samples[: settings.images])
-        device = config.device_of(settings.device)
+        device = placement.device_of(settings.device)
         with processes(device) as ours:
             if settings.check_data and ours.first:
                 check_dataset(dataset, 4)
             device = ours.device(device)
-            net = config.placed(net, device, settings.channels_last)
-            with config.autocast(device, settings.precision):
+            net = placement.placed(net, device, settings.channels_last)
+            with placement.autocast(device, settings.precision):
                 result = evaluate.evaluate(
                     net,
                     dataset,

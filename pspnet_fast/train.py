@@ -31,19 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import snapshot
 from .charts import learning_curve
-from .config import (
-    ConfigError,
-    Precision,
-    Recipe,
-    autocast,
-    dataset_of,
-    device_of,
-    differing_settings,
-    placed,
-    plain,
-    protocol_of,
-    recipe_of,
-)
+from .config import ConfigError, Recipe, check_at_least, dataset_of, differing_settings, plain, protocol_of, recipe_of
 from .data.datasets import IGNORED, check_dataset, read_image
 from .data.loader import Batch, Samples, Steps, loader
 from .distributed import Processes, processes
@@ -51,6 +39,7 @@ from .evaluate import Evaluation, evaluate
 from .models.checkpoint import CheckpointError
 from .models.pspnet import PSPNet, TrainingOutput
 from .nn.sync_batch_norm import convert_sync_batch_norm
+from .placement import Precision, autocast, device_of, placed
 from .predict import overlay, predict_labels, save, to_pixels
 
 try:
@@ -120,11 +109,8 @@ class Run:
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("checkpoint_every", "validate_every", "validate_images", "log_every", "accumulate")
-        for name, least in [*((name, 1) for name in counts), ("workers", 0), ("seed", 0)]:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        check_at_least(self, 1, "checkpoint_every", "validate_every", "validate_images", "log_every", "accumulate")
+        check_at_least(self, 0, "workers", "seed")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be positive, got {self.clip_norm}")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..arguments import find_recipe, parse
 from ..charts import grid
-from ..config import Recipe, dataset_of, find_recipe, parse, protocol_of, trained_network
+from ..config import Recipe, dataset_of, protocol_of, trained_network
 from ..data.datasets import Dataset, read_sample
 from ..data.picture import draw_street
 from ..data.scenes import write_scenes
