@@ -16,8 +16,10 @@ TORCH_INDEX ?=
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
 
+# A test that hangs ends the run and shows where each thread is.
+HANG := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.built emulation
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(HANG)
 
 # The CUDA kernels for the CPU, thread by thread: where there is no GPU, the tests run them so.
 emulation: $(VENV)/.deps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,5 +41,20 @@ def processes(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), local_rank, dist.get_world_size())
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that an exception keeps alive: they may hold a DistributedDataParallel.
+
+    The group joins its threads when its last owner lets it go. torch releases the GIL for that where the owner is Python's
+    handle of the group, and not where it is DistributedDataParallel, so one that outlives `destroy_process_group` can wait
+    forever for a thread that waits for the GIL.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -25,6 +25,7 @@ from pspnet_fast.models.checkpoint import CheckpointError
 from pspnet_fast.train import Run, TrainingError, iterations_of, learning_rate, parameter_groups
 
 needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
+LIMIT = 300  # seconds that processes of a few seconds may take
 TINY = {"dataset": "scenes", "layers": 18, "width": 4, "stem": "v1c", "bins": (1, 2), "crop": 33, "base_size": 64}
 
 
@@ -126,7 +127,7 @@ def test_a_signal_at_any_moment(tiny, tmp_path, number, status, send, workers):
     while not (run.output / snapshot.PREVIOUS).exists() and process.poll() is None:
         time.sleep(0.01)
     send(process.pid, number)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == status, errors
     done = snapshot.latest(run.output)[1]["iteration"]
     assert 0 < done < 20
@@ -173,7 +174,15 @@ def in_processes(recipe, run, world_size=2, process=_process):
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(process, (world_size, port, recipe, run), nprocs=world_size, start_method="fork")
+    context = mp.start_processes(
+        process, (world_size, port, recipe, run), nprocs=world_size, start_method="fork", join=False
+    )
+    end = time.monotonic() + LIMIT
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for each in context.processes:
+                each.kill()
+            pytest.fail(f"processes {context.pids()} were still running after {LIMIT} s")
 
 
 def largest_difference(a, b):
