@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
 from .conv2d import conv2d
-from .ppm import PPM, has_hooks
-from .sync_batch_norm import SyncBatchNorm
+from .levels import NORMS, Level, has_hooks, reduce_levels
+from .ppm import PPM
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,15 +32,16 @@ def classifier(
     classes: int,
     dropout: float,
     norm_layer: Callable[[int], nn.Module],
-    kernel_size: int = 3,
+    kernel_sizes: tuple[int, int] = (3, 1),
 ) -> nn.Sequential:
-    """The bottleneck with its norm and activation, and the 1x1 convolution to the classes."""
+    """The bottleneck with its norm and activation, and the convolution to the classes."""
+    first, last = kernel_sizes
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.Conv2d(in_channels, channels, first, padding=first // 2, bias=False),
         norm_layer(channels),
         nn.ReLU(inplace=True),
         nn.Dropout2d(p=dropout),
-        nn.Conv2d(channels, classes, kernel_size=1),
+        nn.Conv2d(channels, classes, last, padding=last // 2),
     )
 
 
@@ -97,7 +98,7 @@ class PSPHead(nn.Module):
         self.head: Head = head
         self.ppm = PPM(in_dim, reduction_dim, bins, norm_layer, align_corners)
         total = in_dim + len(self.ppm.bins) * reduction_dim
-        self.cls = classifier(total, channels, classes, dropout, norm_layer, kernel_size)
+        self.cls = classifier(total, channels, classes, dropout, norm_layer, (kernel_size, 1))
 
     def extra_repr(self) -> str:
         return f"head={self.head!r}"
@@ -110,55 +111,85 @@ def psp_head(ppm: nn.Module, cls: nn.Sequential, x: torch.Tensor, head: Head = "
     """`cls(ppm(x))`, factorised where it can be."""
     if head == "concat":
         return cast(torch.Tensor, cls(ppm(x)))
-    if reason := _beyond_the_factorised_form(ppm, cls):
+    if reason := _not_a_head(ppm, cls):
         _LOG.debug("psp_head: the levels are upsampled and concatenated: %s", reason)
         return cast(torch.Tensor, cls(ppm(x)))
-    conv, norm, *rest = list(cls)
-    ppm, conv = cast(PPM, ppm), cast(nn.Conv2d, conv)
-    channels = ppm.in_dim
+    ppm = cast(PPM, ppm)
     ppm.check(x)
-    pyramid, x = pyramid_pool(x, ppm.bins, return_input=True)
-    reduced = ppm.reduce(pyramid)
+    return bottleneck(x, ppm.bins, ppm.levels(), ppm.align_corners, list(cls))
+
+
+def bottleneck(
+    x: torch.Tensor,
+    bins: Sequence[int],
+    levels: Sequence[Level],
+    align_corners: bool,
+    layers: Sequence[nn.Module],
+    x_last: bool = False,
+) -> torch.Tensor:
+    """`layers` over the concatenation of x and its upsampled levels, without that concatenation.
+
+    Args:
+        x: features (N, C, H, W).
+        bins: cells per axis of each level.
+        levels: their layers.
+        align_corners: how the levels are upsampled.
+        layers: a convolution of which `beyond_the_factorised_form` says None, and what follows it.
+        x_last: whether x stands after the levels in the concatenation, not before them.
+    """
+    conv, rest = cast(nn.Conv2d, layers[0]), [*layers[1:]]
+    pyramid, x = pyramid_pool(x, bins, return_input=True)
+    reduced = reduce_levels(pyramid, bins, levels)
     padding = cast("tuple[int, int]", conv.padding)[0]
-    of_x, of_levels = conv.weight.split((channels, conv.in_channels - channels), 1)
+    channels = x.shape[1]
+    if x_last:
+        of_levels, of_x = conv.weight.split((conv.in_channels - channels, channels), 1)
+    else:
+        of_x, of_levels = conv.weight.split((channels, conv.in_channels - channels), 1)
     y = conv2d(x, of_x, padding)
     size = (x.shape[2], x.shape[3])
-    if _folds(norm, rest[0], y, reduced, conv.weight):
-        scale, shift = _folded(cast(_BatchNorm, norm), y)
+    if len(rest) > 1 and _folds(rest[0], rest[1], y, reduced, conv.weight):
+        scale, shift = _folded(cast(_BatchNorm, rest[0]), y)
         y = pyramid_conv2d(
-            reduced, of_levels, size, ppm.bins, padding, ppm.align_corners, out=y, scale=scale, shift=shift, relu=True
+            reduced, of_levels, size, bins, padding, align_corners, out=y, scale=scale, shift=shift, relu=True
         )
-        rest = rest[1:]
+        rest = rest[2:]
     else:
-        y = pyramid_conv2d(reduced, of_levels, size, ppm.bins, padding, ppm.align_corners, out=y)
-        rest = [norm, *rest]
+        y = pyramid_conv2d(reduced, of_levels, size, bins, padding, align_corners, out=y)
     for module in rest:
         y = module(y)
     return y
 
 
-def _beyond_the_factorised_form(ppm: nn.Module, cls: nn.Sequential) -> str | None:
-    """Why the head's modules are not a pyramid and a plain convolution over its concatenation, or None."""
+def beyond_the_factorised_form(conv: nn.Module) -> str | None:
+    """Why a module is not the plain convolution that is the sum of its parts, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"it is {type(conv).__name__}"
+    if has_hooks(conv):
+        return "it has hooks"
+    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
+    square = conv.kernel_size in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
+    if not plain or not square or conv.padding_mode != "zeros":
+        return "it has a bias, a stride, a dilation, groups or another window"
+    return None
+
+
+def _not_a_head(ppm: nn.Module, cls: nn.Sequential) -> str | None:
+    """Why the modules are not a pyramid and a plain convolution over its concatenation, or None."""
     if type(ppm) is not PPM:
         return f"ppm is {type(ppm).__name__}"
     if type(cls) is not nn.Sequential or len(cls) < 3:
         return "cls is not a sequence of convolution, norm and activation"
-    conv = cls[0]
-    if type(conv) is not nn.Conv2d:
-        return f"cls.0 is {type(conv).__name__}"
-    for name, module in (("ppm", ppm), ("cls", cls), ("cls.0", conv)):
+    for name, module in (("ppm", ppm), ("cls", cls)):
         if has_hooks(module):
             return f"{name} has hooks"
-    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-    square = conv.kernel_size in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
-    if not plain or not square or conv.padding_mode != "zeros":
-        return "cls.0 has a bias, a stride, a dilation, groups or another window"
-    return None
+    reason = beyond_the_factorised_form(cls[0])
+    return f"cls.0: {reason}" if reason else None
 
 
 def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bool:
     """Whether norm and activation are a factor, a summand and a ReLU, and nobody asks for gradients."""
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm) or type(activation) is not nn.ReLU:
+    if type(norm) not in NORMS or type(activation) is not nn.ReLU:
         return False
     if norm.training or norm.running_mean is None or has_hooks(norm) or has_hooks(activation):
         return False
