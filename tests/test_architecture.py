@@ -26,6 +26,10 @@ MAY_IMPORT = {
     "functional": {"ops"},
     "nn": {"nn", "functional", *LEAVES},
     "models": {"models", "nn", "functional", *LEAVES},
+    "integrations": {"integrations", "nn", "functional", *LEAVES},
+    "checkpoints": {"checkpoints", "config", "data", "models", "nn"},
+    "convert": {"checkpoints", "config", "data", "models"},
+    "export": {"checkpoints", "data", "models", "nn", *LEAVES},
     "data": {"data"},
     "metrics": LEAVES,
     "charts": set(),
@@ -51,6 +55,8 @@ MAY_IMPORT = {
     "demo": {"demo", "arguments", "backends", "charts", "config", "data", "evaluate", "predict", "train", *STACK},
     "cli": {
         "",
+        "convert",
+        "export",
         "predict",
         "arguments",
         "config",
@@ -63,7 +69,7 @@ MAY_IMPORT = {
         *STACK,
     },
     "testing": {"backends", "geometry"},
-    "": {"functional", "backends", "models", "nn"},
+    "": {"functional", "backends", "checkpoints", "integrations", "models", "nn"},
 }
 
 SOURCES = sorted([*(ROOT / "pspnet_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
