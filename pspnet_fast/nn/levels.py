@@ -108,7 +108,8 @@ def _weights(levels: Sequence[Level]) -> list[torch.Tensor]:
 
 def _by_modules(pyramid: torch.Tensor, cells: int, level: Level) -> torch.Tensor:
     """One level of `cells` cells an axis, through its own modules."""
-    y: torch.Tensor = pyramid.transpose(1, 2).unflatten(2, (cells, cells))
+    # NCHW: of other strides, torch's batch norm sums its gradients less exactly.
+    y: torch.Tensor = pyramid.transpose(1, 2).unflatten(2, (cells, cells)).contiguous()
     for module in level:
         y = y if module is None else module(y)
     return y.flatten(2).transpose(1, 2)
