@@ -88,7 +88,7 @@ class Report:
         accelerated: what runs on the kernels from now on.
         already: what did before.
         refused: what is nearly a known family, with the reason why it is left alone.
-        near: names of modules that pool adaptively, or are called like a pyramid, where no pyramid was found.
+        near: names of other modules that pool adaptively, or are called like a pyramid, where no pyramid was found.
     """
 
     accelerated: list[Part] = field(default_factory=list)
@@ -146,7 +146,10 @@ def accelerate(model: nn.Module, head: bool = True, families: Sequence[Family | 
     done = {part.name for part in report.accelerated}
     report.refused = [each for each in report.refused if each.name not in done or each.reason.startswith(_OF_HEAD)]
     if not report.accelerated and not report.already:
-        report.near = [name or "the model" for name, module in model.named_modules() if _is_near(module)]
+        told = {each.name for each in report.refused}
+        told |= {name for name, module in model.named_modules() if isinstance(module, ours)}
+        near = [name for name, module in model.named_modules() if name not in told and _is_near(module)]
+        report.near = [name or "the model" for name in near if not _inside(name, told)]
     return report
 
 
@@ -270,6 +273,10 @@ def _size(pyramid: Pyramid) -> tuple[int, int]:
     """A map that no level divides, with more rows and columns than cells."""
     least = 2 * max(pyramid.bins) + 1
     return max(11, least), max(13, least + 2)
+
+
+def _inside(name: str, others: Iterable[str]) -> bool:
+    return any(other == "" or name.startswith(f"{other}.") for other in others)
 
 
 def _is_near(module: nn.Module) -> bool:
