@@ -16,10 +16,12 @@ TORCH_INDEX ?=
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
 
-# A test that hangs ends the run and shows where each thread is.
-HANG := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+# As many processes as processors, of one thread each: threads that wait for each other are slow beside other work.
+# A test that hangs ends its process and shows where each thread is.
+PARALLEL := -n $(MAX_JOBS) --dist worksteal --benchmark-disable
+HANG     := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.built emulation
-	$(BIN)/python -m pytest -q $(HANG)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(HANG)
 
 # The CUDA kernels for the CPU, thread by thread: where there is no GPU, the tests run them so.
 emulation: $(VENV)/.deps
