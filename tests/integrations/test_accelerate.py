@@ -5,11 +5,15 @@ import copy
 import importlib.util
 import io
 import logging
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -300,6 +304,47 @@ def test_autocast(name, training):
     ours, theirs = ((each.double() - reference).abs().mean() for each in exact)
     assert exact[0].dtype == exact[1].dtype
     assert ours <= 1.5 * theirs
+
+
+def _process(rank, port, folder):
+    """The gradients of one step under DistributedDataParallel: plain, accelerated before it, accelerated after it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = []
+    for order in ("plain", "before", "after"):
+        torch.manual_seed(0)
+        model = peers.make("mmseg_psp")
+        if order == "before":
+            accelerate(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        if order == "after":
+            assert len(accelerate(parallel).accelerated) == 2
+        torch.manual_seed(rank)
+        parallel(*peers.inputs("mmseg_psp", 4)).square().mean().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+        del parallel
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.start_processes(_process, (port, tmp_path), nprocs=2, start_method="fork", join=False)
+    end = time.monotonic() + 120
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for each in context.processes:
+                each.kill()
+            pytest.fail("the processes were still running after 120 s")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    plain, *ours = first
+    for grads in ours:
+        for a, b in zip(grads, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["semseg", "mmseg_psp"])
