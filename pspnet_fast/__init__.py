@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import functional
 from .backends import describe, explain, use_backend
+from .checkpoints import load_checkpoint
+from .integrations import accelerate, accelerate_losses, restore
 from .models.pspnet import PSPNet
 from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.ppm import PPM
@@ -16,8 +18,12 @@ __all__ = [
     "PSPNet",
     "UpsampleCrossEntropyLoss",
     "__version__",
+    "accelerate",
+    "accelerate_losses",
     "describe",
     "explain",
     "functional",
+    "load_checkpoint",
+    "restore",
     "use_backend",
 ]

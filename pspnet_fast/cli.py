@@ -1,4 +1,4 @@
-"""The command line: `pspnet-fast train`, `evaluate`, `predict`, `scenes` and `doctor`."""
+"""The command line: `pspnet-fast train`, `evaluate`, `predict`, `convert`, `export`, `scenes` and `doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    from . import __version__
+    from . import __version__, convert, export
 
     parser = argparse.ArgumentParser(prog="pspnet-fast", description="PSPNet on fast kernels.")
     parser.add_argument("--version", action="version", version=f"pspnet_fast {__version__}")
@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "evaluate", add_help=False, help="mIoU, mAcc and aAcc of a trained network, by a recipe's protocol"
     )
+    convert.add_arguments(
+        commands.add_parser("convert", help="checkpoints of other libraries to ours, and ours to theirs")
+    )
+    export.add_arguments(commands.add_parser("export", help="a network as ONNX, torch.export or AOTInductor files"))
     _add_scenes_arguments(commands.add_parser("scenes", help="draw a dataset to try the rest on"))
     commands.add_parser("doctor", help="print versions, hardware and backends, for a bug report")
     argv = sys.argv[1:] if argv is None else [*argv]
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "doctor":
         print("\n".join(report()))
         return 0
-    return _scenes(args) if args.command == "scenes" else _predict(args)
+    runs = {"scenes": _scenes, "predict": _predict, "convert": convert.run, "export": export.run}
+    return runs[args.command](args)
 
 
 def _train(argv: Sequence[str]) -> int:

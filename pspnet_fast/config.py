@@ -1,6 +1,7 @@
 """Recipes: typed settings of data, network, schedule and evaluation, and what is made of them.
 
 They come from YAML files and the command line (`arguments.py`), or from a checkpoint, which holds the one it was trained by.
+Past 300 lines, because every setting is explained once, here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .data.datasets import Dataset, find_dataset
 from .data.scenes import SCENES
 from .data.transforms import Augmentation
 from .models.checkpoint import CheckpointError, read_checkpoint
-from .models.pspnet import PSPNet
+from .models.pspnet import PSPNet, Stages
 from .models.resnet import Dilation, Stem
 from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.plain_ppm import Pooling
@@ -50,7 +51,14 @@ class Recipe:
         stem: see `ResNet`.
         output_stride: see `ResNet`.
         dilation: see `ResNet`.
+        stages: how many of the ResNet's stages there are, see `PSPNet`.
+        dilate_second: whether the second convolution of dilated basic blocks is dilated, see `PSPNet`.
         bins: cells per axis of each level of the pyramid.
+        bin1_norm: false is a bias in place of the norm at bin 1, see `PPM`.
+        reduction_channels: channels of each level; null is the features' over the number of levels.
+        bottleneck_channels: channels between the bottleneck and the classes; null is a quarter of the features'.
+        aux_channels: those of the auxiliary head; null is a quarter of the channels it reads.
+        kernel_sizes: of the bottleneck and of the convolution to the classes, 1 or 3 each.
         pooling: of the pyramid; "max" is an ablation.
         reduction: whether the levels are reduced to as many channels, together, as the features have; false is an ablation.
         dropout: probability that a channel is dropped before a classifier.
@@ -90,7 +98,14 @@ class Recipe:
     stem: Stem = "deep"
     output_stride: Literal[8, 16, 32] = 8
     dilation: Dilation = "full"
+    stages: Stages = 4
+    dilate_second: bool = True
     bins: tuple[int, ...] = (1, 2, 3, 6)
+    bin1_norm: bool = True
+    reduction_channels: int | None = None
+    bottleneck_channels: int | None = None
+    aux_channels: int | None = None
+    kernel_sizes: tuple[int, int] = (3, 1)
     pooling: Pooling = "average"
     reduction: bool = True
     dropout: float = 0.1
@@ -123,6 +138,11 @@ class Recipe:
         check_at_least(self, 1, "layers", "width", "crop", "batch_size", "classes", "iterations", "epochs", "base_size")
         check_at_least(self, 0, "aux_weight", "base_lr", "head_lr_factor", "momentum", "weight_decay", "power")
         check_at_least(self, 0, "warmup", "ohem_min_kept")
+        check_at_least(self, 1, "reduction_channels", "bottleneck_channels", "aux_channels")
+        if not {*self.kernel_sizes} <= {1, 3}:
+            raise ConfigError(f"kernel_sizes must be 1 or 3 each, got {[*self.kernel_sizes]}")
+        if not self.bin1_norm and (self.pooling != "average" or not self.reduction):
+            raise ConfigError("bin1_norm false needs pooling average and reduction")
         if self.crop < self.output_stride:
             raise ConfigError(f"crop must be at least output_stride = {self.output_stride}, got {self.crop}")
         if not self.bins or min(self.bins) < 1:
@@ -174,13 +194,21 @@ class Recipe:
             head=self.head,
             pooling=self.pooling,
             reduction=self.reduction,
+            stages=self.stages,
+            dilate_second=self.dilate_second,
+            kernel_sizes=self.kernel_sizes,
+            bin1_norm=self.bin1_norm,
+            reduction_channels=self.reduction_channels,
+            bottleneck_channels=self.bottleneck_channels,
+            aux_channels=self.aux_channels,
         )
 
 
 # What decides which network a checkpoint's weights mean.
 NETWORK = (
     *("dataset", "classes", "layers", "width", "stem", "output_stride", "dilation"),
-    *("bins", "pooling", "reduction", "align_corners"),
+    *("bins", "pooling", "reduction", "align_corners", "stages", "dilate_second", "kernel_sizes", "bin1_norm"),
+    *("reduction_channels", "bottleneck_channels", "aux_channels"),
 )
 
 
@@ -192,12 +220,15 @@ def check_at_least(settings: object, least: float, *names: str) -> None:
 
 
 def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict` made a dictionary of, as checkpoints hold it (`plain`)."""
+    """The recipe that `dataclasses.asdict` made a dictionary of, as checkpoints hold it (`plain`).
+
+    What is left out has its default: `pspnet-fast convert` writes what the network is made of, and nothing of a training.
+    """
     values: dict[str, Any] = _tuples(settings)
     for key, hint in get_type_hints(Recipe).items():
         if values.get(key) is not None and Path in get_args(hint):
             values[key] = Path(values[key])
-    return Recipe(**{**values, "augmentation": Augmentation(**_tuples(settings["augmentation"]))})
+    return Recipe(**{**values, "augmentation": Augmentation(**_tuples(settings.get("augmentation", {})))})
 
 
 def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

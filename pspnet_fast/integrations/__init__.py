@@ -25,8 +25,7 @@ from .forwards import (
     rebind,
     unbind,
 )
-
-# from .losses import accelerate_losses
+from .losses import accelerate_losses
 from .trial import Trial
 
 __all__ = [
@@ -42,7 +41,7 @@ __all__ = [
     "Refusal",
     "Report",
     "accelerate",
-    # "accelerate_losses",
+    "accelerate_losses",
     "features",
     "leaves",
     "pyramid_of",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -14,6 +17,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+FORMAT = "pspnet_fast"
+"""The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -25,23 +30,70 @@ class CheckpointError(ValueError, RuntimeError):
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What `torch.load` finds in a file, on the CPU and with `weights_only=True`: a pickle in it is never executed.
 
+    A safetensors file is read, too, and known by its content: its tensors are under "model" and its header's metadata under
+    "metadata". In one that `pspnet-fast convert` wrote with this library's names, "recipe" says which network they mean, as
+    in a snapshot of a training.
+
     Raises:
         OSError: the file is missing, a directory, or not readable.
         CheckpointError: the file is not a checkpoint, is truncated, or holds more than tensors and plain values.
+        ImportError: a safetensors file, and safetensors is not installed.
     """
     if not Path(path).exists():
         raise FileNotFoundError(
             f"no checkpoint at {os.fspath(path)!r}. Nothing is downloaded: give the path of a file that is there"
         )
+    if _is_safetensors(path):
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
         # A damaged file surfaces as whatever the unpickler trips over: EOFError, RuntimeError, UnicodeDecodeError...
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+        where, reason = f"{os.fspath(path)!r} cannot be read", str(error)
+        if isinstance(error, pickle.UnpicklingError) and (
+            found := re.search(r"WeightsUnpickler error:\s*(.+)", reason)
+        ):
+            reason = found[1].strip()  # without the advice around it, which is to run what is in the file
+        if found := re.search(r"GLOBAL (\S+)", reason):
+            raise CheckpointError(
+                f"{where}: it holds more than tensors and plain values ({found[1]}), and code in a checkpoint is never run. "
+                "Where the file is trusted, save its weights alone, once: "
+                "content = torch.load(IN, map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': content['state_dict']}, OUT)"
+            ) from error
+        raise CheckpointError(f"{where} as a checkpoint of tensors: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{os.fspath(path)!r} must hold a dictionary, got {type(content).__name__}")
+    return content
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as safetensors do: eight bytes for the length of a JSON object, which follows."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= Path(path).stat().st_size
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            f"{os.fspath(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'"
+        ) from error
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, Any] = dict(file.metadata() or {})
+        content = {"model": tensors, "metadata": metadata}
+        if metadata.get("format") == FORMAT and "recipe" in metadata:
+            metadata["recipe"] = json.loads(metadata["recipe"])
+            if metadata.get("family") == FORMAT:
+                content["recipe"] = metadata["recipe"]
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
     return content
 
 

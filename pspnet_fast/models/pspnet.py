@@ -1,4 +1,7 @@
-"""PSPNet: the pyramid scene parsing network (Zhao et al., CVPR 2017)."""
+"""PSPNet: the pyramid scene parsing network (Zhao et al., CVPR 2017).
+
+Past 300 lines, because a third of them are what the arguments mean, which is said once, here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +22,10 @@ from ..nn.plain_ppm import PlainPPM, Pooling
 from ..nn.ppm import PPM
 from ..nn.psp_head import Head, check_head, classifier, psp_head
 from .checkpoint import Loadable, bare_state_dict, read_checkpoint
-from .resnet import Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
+from .resnet import BasicBlock, Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
 
 Pretrained = str | os.PathLike[str] | Mapping[str, Any] | None
+Stages = Literal[2, 3, 4]
 
 
 class TrainingOutput(NamedTuple):
@@ -83,6 +87,19 @@ class PSPNet(Loadable):
             two are taken. `layers` and the ResNet's choices then mean nothing and must be left alone. Its keys are
             under `backbone`.
         channels: the channel counts of those two feature maps; needed with `backbone`, and only then.
+        stages: how many of the ResNet's four stages there are. The features are the last one's; `aux` reads the one before.
+            2 is segmentation_models_pytorch's PSPNet (encoder_depth=3), at an output stride of 8 without dilation.
+        dilate_second: whether the second convolution of a dilated stage's basic blocks (18 and 34 layers) is dilated; mmseg
+            never does (mmseg/models/backbones/resnet.py, BasicBlock).
+        kernel_sizes: of the bottleneck and of the convolution to the classes, 1 or 3 each; segmentation_models_pytorch has
+            (1, 3).
+        bin1_norm: without it, the level of bin 1 has a bias in place of a norm (see `PPM`), as in segmentation_models_pytorch.
+        reduction_channels: channels of each level; None is C // len(bins).
+        bottleneck_channels: channels between the bottleneck and the classes; None is C // 4.
+        aux_channels: those of the auxiliary head; None is a quarter of the channels it reads.
+
+    Attributes:
+        settings: the arguments above that decide which function the weights are, by name; None with `backbone`.
 
     Shapes:
         x (N, 3, H, W), of any H and W, and targets (N, H, W) of integers
@@ -130,6 +147,13 @@ class PSPNet(Loadable):
         reduction: bool = True,
         backbone: nn.Module | None = None,
         channels: tuple[int, int] | None = None,
+        stages: Stages = 4,
+        dilate_second: bool = True,
+        kernel_sizes: tuple[int, int] = (3, 1),
+        bin1_norm: bool = True,
+        reduction_channels: int | None = None,
+        bottleneck_channels: int | None = None,
+        aux_channels: int | None = None,
     ) -> None:
         super().__init__()
         if classes < 1:
@@ -137,12 +161,27 @@ class PSPNet(Loadable):
         if zoom_factor not in (1, 2, 4, 8):
             raise ValueError(f"PSPNet: zoom_factor must be 1, 2, 4 or 8, got {zoom_factor!r}")
         check_head("PSPNet", head)
+        if stages not in (2, 3, 4):
+            raise ValueError(f"PSPNet: stages must be 2, 3 or 4, got {stages!r}")
+        if len(kernel_sizes) != 2 or not {*kernel_sizes} <= {1, 3}:
+            raise ValueError(f"PSPNet: kernel_sizes must be two of 1 and 3, got {kernel_sizes!r}")
+        widths = {
+            "reduction_channels": reduction_channels,
+            "bottleneck_channels": bottleneck_channels,
+            "aux_channels": aux_channels,
+        }
+        for name, count in widths.items():
+            if count is not None and count < 1:
+                raise ValueError(f"PSPNet: {name} must be at least 1, got {count}")
+        if not bin1_norm and (pooling != "average" or not reduction):
+            raise ValueError("PSPNet: bin1_norm=False needs pooling='average' and reduction=True")
         self.zoom_factor = zoom_factor
         self.use_ppm = use_ppm
         self.head: Head = head
         self.align_corners = align_corners
         self.criterion = UpsampleCrossEntropyLoss(align_corners=align_corners) if criterion is None else criterion
         self.backbone = backbone
+        self.stage_names = tuple(f"layer{k}" for k in range(1, stages + 1))
         choices: Choices = {
             "stem": stem,
             "output_stride": output_stride,
@@ -152,7 +191,8 @@ class PSPNet(Loadable):
             "share_stage3": share_stage3,
             "width": width,
         }
-        _check_backbone(backbone, channels, {"layers": layers, **choices})
+        of_stages = {"stages": stages, "dilate_second": dilate_second}
+        _check_backbone(backbone, channels, {"layers": layers, **choices, **of_stages})
 
         weights = _pretrained_weights(pretrained, layers, choices)
         of_resnet = weights is not None and backbone is None and "conv1.weight" in weights
@@ -161,9 +201,12 @@ class PSPNet(Loadable):
             if weights is not None and of_resnet:
                 resnet.load_state_dict(weights)
             self.layer0 = nn.Sequential(*resnet.stem())
-            self.layer1, self.layer2 = resnet.layer1, resnet.layer2
-            self.layer3, self.layer4 = resnet.layer3, resnet.layer4
-            channels = resnet.channels
+            for name in self.stage_names:
+                self.add_module(name, resnet.get_submodule(name))
+            last = resnet.channels[1] >> (4 - stages)
+            channels = (last // 2, last)
+            if not dilate_second:
+                _undilate_second_convolutions(self)
         self.channels = cast("tuple[int, int]", channels)
         third, fourth = self.channels
 
@@ -172,15 +215,26 @@ class PSPNet(Loadable):
             bins = check_bins("PSPNet", bins)
             if len(bins) > fourth:
                 raise ValueError(f"PSPNet: there must be at most as many bins as channels = {fourth}, got {bins}")
-            reduced = fourth // len(bins)
+            reduced = reduction_channels or fourth // len(bins)
             self.ppm: PPM | PlainPPM
             if pooling == "average" and reduction:
-                self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners)
+                self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners, bin1_norm)
             else:
                 self.ppm = PlainPPM(fourth, reduced, bins, norm_layer, align_corners, pooling, reduction)
             in_channels += len(bins) * (reduced if reduction else fourth)
-        self.cls = classifier(in_channels, max(fourth // 4, 1), classes, dropout, norm_layer)
-        self.aux = classifier(third, max(third // 4, 1), classes, dropout, norm_layer) if aux else None
+        inner = bottleneck_channels or max(fourth // 4, 1)
+        self.cls = classifier(in_channels, inner, classes, dropout, norm_layer, kernel_sizes)
+        inner = aux_channels or max(third // 4, 1)
+        self.aux = classifier(third, inner, classes, dropout, norm_layer) if aux else None
+        self.settings: dict[str, Any] | None = None
+        if backbone is None:
+            self.settings = {"layers": layers, **choices, **of_stages, **widths}
+            self.settings |= {"bins": tuple(bins), "use_ppm": use_ppm, "pooling": pooling, "reduction": reduction}
+            self.settings |= {
+                "align_corners": align_corners,
+                "kernel_sizes": tuple(kernel_sizes),
+                "bin1_norm": bin1_norm,
+            }
         if weights is not None and not of_resnet:
             self.load_state_dict(weights)
 
@@ -190,8 +244,10 @@ class PSPNet(Loadable):
             check_features("PSPNet", x)
             return self._features_of(self.backbone(x))
         check_image("PSPNet", x, self.layer0[0])
-        third: torch.Tensor = self.layer3(self.layer2(self.layer1(self.layer0(x))))
-        return third, self.layer4(third)
+        x = self.layer0(x)
+        for name in self.stage_names[:-1]:
+            x = getattr(self, name)(x)
+        return x, getattr(self, self.stage_names[-1])(x)
 
     def coarse_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, h', w') at the backbone's resolution: what `forward` upsamples in evaluation."""
@@ -288,6 +344,12 @@ def _nearest(length: int, count: int, align_corners: bool, device: torch.device)
     if align_corners:
         return (2 * i * (length - 1) + count - 1) // max(2 * (count - 1), 1)
     return (2 * i + 1) * length // (2 * count)
+
+
+def _undilate_second_convolutions(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, BasicBlock):
+            module.conv2.dilation = module.conv2.padding = (1, 1)
 
 
 def _check_backbone(

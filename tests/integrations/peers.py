@@ -6,8 +6,15 @@ their code: `PEERS` is the table of them, each with what `accelerate` must find 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import sys
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -832,3 +839,36 @@ def tensors(values: Any) -> list[torch.Tensor]:
         return []
     values = values.values() if isinstance(values, dict) else values
     return [tensor for value in values for tensor in tensors(value)]
+
+
+# The libraries themselves (requirements/compare.txt)
+
+
+@functools.cache
+def _operators_of_torchvision() -> torch.library.Library | None:
+    """Torchvision's own library needs CUDA's; without it, importing torchvision asks for two operators that are not there."""
+    if torch.version.cuda is not None or find_spec("torchvision") is None:
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+@contextlib.contextmanager
+def libraries() -> Iterator[None]:
+    """Inside, segmentation_models_pytorch and transformers are imported: offline, and beside a torch without CUDA.
+
+    transformers looks for a package `kernels` and would find this repository's folder, so that is out of its sight.
+    """
+    root = Path(__file__).resolve().parents[2]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _operators_of_torchvision()
+    before = [*sys.path]
+    sys.path[:] = [entry for entry in before if Path(entry or os.curdir).resolve() != root]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.path[:] = before

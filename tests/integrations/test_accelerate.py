@@ -2,14 +2,16 @@
 
 import contextlib
 import copy
-import importlib.util
 import io
 import logging
 import socket
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,10 +21,6 @@ from torch import nn
 
 from pspnet_fast import PPM, integrations, testing
 from pspnet_fast.integrations import Family, Head, Layout, accelerate, features, leaves, pyramid_of, restore
-
-_spec = importlib.util.spec_from_file_location("peers", Path(__file__).with_name("peers.py"))
-peers = sys.modules["peers"] = importlib.util.module_from_spec(_spec)  # where pickles and Dynamo look it up
-_spec.loader.exec_module(peers)
 
 
 def pair(name):
@@ -390,6 +388,112 @@ def test_a_forward_on_the_instance_is_left_alone():
     report = accelerate(model)
     assert report.accelerated == []
     assert report.refused[0].reason == "SemsegPPM is not called by its class's forward"
+
+
+def test_a_file_is_read_by_a_process_that_has_only_torch_imported(tmp_path):
+    """The pickle brings the library in."""
+    _, model = pair("mmseg_psp")
+    arguments = peers.inputs("mmseg_psp")
+    torch.save((model.eval(), arguments, model(*arguments)), tmp_path / "model.pt")
+    code = f"""
+import sys, torch
+sys.path.append({str(Path(__file__).parent)!r})
+model, arguments, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+assert torch.equal(model(*arguments), expected)
+assert type(model).__mro__[1].__name__ == "AcceleratedHead"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["semseg", "smp", "mmseg_psp", "csail", "yassouali"])
+def test_dropout_drops_the_same_channels(name):
+    plain = peers.make(name)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.5
+    ours, arguments, outputs = copy.deepcopy(plain), peers.inputs(name, 4), []
+    assert accelerate(ours).accelerated != []
+    for model in (ours, plain):
+        torch.manual_seed(3)
+        outputs.append([t for t in peers.tensors(model.train()(*arguments)) if t.is_floating_point()])
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["semseg_ppm", "speedinghzl_abn", "shared"])
+def test_some_norms_frozen_and_one_norm_for_all(name):
+    """Running statistics of norms in two modes, of a norm that is an activation too, and of one that sees every level."""
+    plain, ours = pair(name)
+    for model in (plain, ours):
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms[-1].train(name == "shared")
+    x = torch.randn(4, 32, 11, 13)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+    for (key, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_parametrised_layers():
+    """weight_norm in a level and on the head's convolution, after the model was accelerated."""
+    plain, ours = pair("semseg")
+    for model in (plain, ours):
+        for layer in (model.ppm.features[1][1], model.cls[0]):
+            nn.utils.parametrizations.weight_norm(layer)
+            layer.parametrizations.weight.original0.data.mul_(2)
+    images = peers.inputs("semseg")[0]
+    torch.testing.assert_close(ours.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing():
+    plain, ours = pair("mmseg_psp")
+    (maps,) = peers.inputs("mmseg_psp", 4)
+    grads = []
+    for model in (ours, plain):
+        out = torch.utils.checkpoint.checkpoint(model.train(), maps, use_reentrant=False)
+        grads.append(torch.autograd.grad(out.square().mean(), [*model.parameters()]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_running_head_keeps_is_its_thread_s_own():
+    """While it runs in one thread, its pyramid gives another thread the levels."""
+    plain, ours = pair("mmseg_psp")
+    (maps,) = peers.inputs("mmseg_psp")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert go_on.wait(timeout=60)
+
+    ours.eval().dropout.register_forward_hook(wait)
+    thread = threading.Thread(target=ours, args=(maps,))
+    thread.start()
+    assert inside.wait(timeout=60)
+    levels = ours.psp_modules(maps[-1])
+    go_on.set()
+    thread.join()
+    for a, b in zip(levels, plain.eval().psp_modules(maps[-1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_trial_leaves_no_trace():
+    """Modes of single modules, gradients, running statistics and hooks that nobody calls."""
+    model, seen = peers.make("semseg"), []
+    model.cls[1].eval()
+    images, labels = peers.inputs("semseg")
+    model(images, labels)[1].backward()
+    modes = [module.training for module in model.modules()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    for module in (model, model.ppm, model.ppm.features[0][1]):
+        module.register_forward_hook(lambda *_: seen.append("forward"))
+        module.register_full_backward_hook(lambda *_: seen.append("backward"))
+    assert accelerate(model).accelerated != []
+    assert seen == []
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert parameter.grad is None if grad is None else torch.equal(parameter.grad, grad)
 
 
 # A family of one's own

@@ -1,0 +1,179 @@
+"""`pspnet-fast convert`: a checkpoint of one library to the names of another, and which network it means."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .checkpoints.detect import Recognised, recognise
+from .checkpoints.layout import Layout, layout_of
+from .checkpoints.load import built, read
+from .checkpoints.write import TARGETS, Written, written
+from .data.normalisation import MEAN, STD
+from .models.checkpoint import FORMAT
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="the checkpoint, or CSAIL's two, or a folder of the Hugging Face hub; then the file to write, safetensors "
+        "unless it ends in .pth or .pt",
+    )
+    parser.add_argument("--to", choices=TARGETS, default=FORMAT, help=f"whose names to write (default {FORMAT})")
+    parser.add_argument(
+        "--align-corners",
+        action=argparse.BooleanOptionalAction,
+        help="how the network upsamples, where the file does not say (default the family's own)",
+    )
+    parser.add_argument(
+        "--dilation",
+        choices=["full", "halved"],
+        help="of the first block of a dilated stage, where the file does not say (default the family's own)",
+    )
+    parser.add_argument("--bins", type=int, nargs="+", metavar="BIN", help="of the levels (default 1 2 3 6)")
+    parser.add_argument(
+        "--reset-classifier", type=int, metavar="CLASSES", help="new, random convolutions to so many classes"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0; 2 where nothing could be written."""
+    try:
+        *sources, target = args.files
+        report = convert(
+            sources,
+            target,
+            args.to,
+            reset_classifier=args.reset_classifier,
+            align_corners=args.align_corners,
+            bins=args.bins,
+            dilation=args.dilation,
+        )
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"pspnet-fast convert: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(report))
+    return 0
+
+
+def convert(
+    sources: list[Path], target: Path, to: str = FORMAT, *, reset_classifier: int | None = None, **overrides: object
+) -> list[str]:
+    """Read a checkpoint, write it by another family's names; the lines of the command's report.
+
+    Args:
+        sources: a file or a folder, or CSAIL's two files.
+        target: safetensors unless it ends in .pth or .pt; without an ending it gets .safetensors.
+        to: the family (`TARGETS`).
+        reset_classifier: for how many classes the convolutions to the classes are made anew, at random.
+        overrides: align_corners, bins and dilation, as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: a file of no known layout, or a network that the family cannot express.
+        ValueError: no source or more than two, another ending, a setting that is known to be another.
+        OSError: what cannot be read or written.
+    """
+    if len(sources) not in (1, 2):
+        raise ValueError(f"FILE must be one or two checkpoints and then the file to write, got {len(sources) + 1}")
+    if reset_classifier is not None and reset_classifier < 1:
+        raise ValueError(f"--reset-classifier must be at least 1, got {reset_classifier}")
+    target = target if target.suffix else target.with_name(f"{target.name}.safetensors")
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"{target}: the file to write must end in {', '.join(SUFFIXES)}")
+    content = read(sources)
+    found = recognise(content, **overrides)
+    lines = found.layout.report()
+    if reset_classifier is not None:
+        net = built(found, reset_classifier)
+        found = Recognised(layout_of(net), dict(net.state_dict()), {})
+        lines.append(f"  classifiers made anew, for {reset_classifier} classes")
+    made = written(found.layout, found.state, to)
+    recipe = None if to == "torchvision" else _recipe(content, found.layout, reset_classifier)
+    if target.suffix == ".safetensors":
+        _save_safetensors(made, target, _metadata(found.layout, to, made.needs, recipe))
+    else:
+        wrapped = _wrapped(made, to, recipe)
+        _replace(target, lambda file: torch.save(wrapped, file))
+    if made.left_out:
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in made.left_out))
+        lines.append(f"  not written, as {to} has no place for it: {parts}")
+    lines.append(f"{target}: {len(made.state)} tensors by {to}'s names")
+    if made.needs:
+        lines.append(f"to be loaded into\n{made.needs}")
+    return lines
+
+
+def _recipe(content: Mapping[str, Any], layout: Layout, reset: int | None) -> dict[str, Any] | None:
+    """What says which network a file means: a training's recipe, where there is one, else the network's part of it."""
+    if not layout.network:
+        return None
+    recipe = content.get("recipe")
+    return {**recipe} if isinstance(recipe, Mapping) and reset is None else layout.recipe()
+
+
+def _metadata(layout: Layout, to: str, needs: str, recipe: Mapping[str, Any] | None) -> dict[str, str]:
+    """The header's metadata, strings all."""
+    values = {
+        "format": FORMAT,
+        "version": metadata.version("pspnet_fast"),
+        "family": to,
+        "source": layout.family,
+        "normalisation": json.dumps({"mean": MEAN, "std": STD, "of": "RGB from 0 to 255"}),
+    }
+    if recipe is not None:
+        values |= {"recipe": json.dumps(recipe), "classes": str(layout.classes)}
+    return values | ({"needs": needs} if needs else {})
+
+
+def _wrapped(made: Written, to: str, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A .pth file as the family writes it."""
+    state = {name: tensor.detach().clone() for name, tensor in made.state.items()}
+    if recipe is None and to != "mmseg":
+        return state  # a backbone alone is flat everywhere else
+    if to == "semseg":
+        return {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
+    if to == "mmseg":
+        return {"meta": {"config": made.needs}, "state_dict": state}
+    return {"model": state, "recipe": recipe}
+
+
+def _save_safetensors(made: Written, path: Path, values: dict[str, str]) -> None:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{path}: needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
+    # Each tensor its own, in order: safetensors refuses shared and strided memory.
+    state = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in made.state.items()}
+    _replace(path, lambda file: file.write(safetensors.torch.save(state, values)))
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file under another name, flush it, rename it: no half of a file is ever seen.
+
+    Raises:
+        OSError: it cannot be written; what was there is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a write comes up short
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{path}: cannot be written: {reason}") from error

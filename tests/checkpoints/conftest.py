@@ -1,0 +1,12 @@
+"""The networks here are so narrow that a second thread costs time, and on a busy machine most of it."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,184 @@
+"""Exported files against the network, in runtimes that know nothing of this library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pspnet_fast import PSPNet, cli, export, use_backend
+from pspnet_fast.export import ExportError, exportable
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.export and onnxscript themselves
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+TOLERANCE = 1e-4
+
+
+def network(**options):
+    """Small, with norms far from the identity."""
+    torch.manual_seed(0)
+    net = PSPNet(layers=18, classes=5, width=8, **options)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    return net.eval()
+
+
+def plain(net, x):
+    """The logits of the head as the paper draws it, in plain PyTorch."""
+    head, net.head = net.head, "concat"
+    with torch.no_grad(), use_backend("reference"):
+        logits = net(x)
+    net.head = head
+    return logits
+
+
+def onnx_file(net, path, size, **options):
+    export.export(net, path, "onnx", size, **options)
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run(session, x):
+    return torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def assert_close(got, expected):
+    assert (got - expected).abs().max() <= TOLERANCE * max(1, float(expected.abs().max()))
+
+
+OPTIONS = {
+    "as it is": {},
+    "align_corners false": {"align_corners": False},
+    "zoom 4": {"zoom_factor": 4},
+    "bins 1 2 4 8": {"bins": (1, 2, 4, 8)},
+    "no pyramid": {"use_ppm": False},
+    "smp's": {"stages": 2, "kernel_sizes": (1, 3), "bin1_norm": False, "bottleneck_channels": 16},
+    "maximum": {"pooling": "max"},
+}
+
+
+@pytest.mark.parametrize("size", [(89, 97), (64, 80)], ids=["divided by no bin", "by some"])
+@pytest.mark.parametrize("head", ["factorised", "concat"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_exported_equals_the_network(options, head, size):
+    net = network(**options)
+    if options.get("use_ppm", True):
+        module = exportable(net, size, head)
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert_close(module(x), plain(net, x))
+
+
+@pytest.mark.parametrize("head", ["factorised", "concat"])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_onnx_of_one_size(tmp_path, align_corners, head):
+    net, x = network(align_corners=align_corners), torch.randn(1, 3, 89, 97)
+    session = onnx_file(net, tmp_path / "net.onnx", (89, 97), head=head)
+    assert_close(run(session, x), plain(net, x))
+    model = onnx.load(tmp_path / "net.onnx")
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert [i.name for i in model.graph.input] == ["image"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    properties = {p.key: p.value for p in model.metadata_props}
+    assert properties["classes"] == "5"
+    assert properties["align_corners"] == ("true" if align_corners else "false")
+
+
+@pytest.mark.parametrize("head", ["factorised", "concat"])
+def test_onnx_of_any_size(tmp_path, head):
+    net = network()
+    session = onnx_file(net, tmp_path / "net.onnx", (89, 97), dynamic=True, head=head)
+    for batch, height, width in ((1, 89, 97), (3, 65, 129), (2, 161, 73)):
+        x = torch.randn(batch, 3, height, width)
+        assert_close(run(session, x), plain(net, x))
+
+
+def test_labels(tmp_path):
+    """A label may be another only where both have the same logit, to the tolerance."""
+    net, x = network(), torch.randn(1, 3, 89, 97)
+    labels = run(onnx_file(net, tmp_path / "net.onnx", (89, 97), output="labels"), x)
+    logits = plain(net, x)
+    assert labels.dtype == torch.uint8
+    assert labels.shape == (1, 89, 97)
+    assert labels.unique().numel() > 1
+    chosen = logits.gather(1, labels.long()[:, None])[:, 0]
+    assert (logits.amax(1) - chosen).max() <= 2 * TOLERANCE * max(1, float(logits.abs().max()))
+
+
+WITHOUT = """
+import sys
+sys.modules["pspnet_fast"] = None
+import torch
+x = torch.load("x.pt")
+{load}
+torch.save(f(x), "y.pt")
+"""
+LOAD = {
+    "pt2": 'f = torch.export.load("net.pt2").module()',
+    "aoti": 'from torch._inductor import aoti_load_package; f = aoti_load_package("net.pt2")',
+}
+
+
+@pytest.mark.parametrize("kind", LOAD)
+def test_a_process_without_this_library(tmp_path, kind):
+    net, x = network(), torch.randn(1, 3, 89, 97)
+    export.export(net, tmp_path / "net.pt2", kind, (89, 97))
+    torch.save(x, tmp_path / "x.pt")
+    line = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(load=LOAD[kind])]
+    subprocess.run(line, cwd=tmp_path, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert_close(torch.load(tmp_path / "y.pt"), plain(net, x))
+
+
+def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_onnxruntime", lambda path: lambda image: torch.zeros(1, 5, 89, 97))
+    with pytest.raises(ExportError, match="must agree with the network to"):
+        export.export(network(), tmp_path / "net.onnx", "onnx", (89, 97))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_network_is_not_changed(tmp_path):
+    net, x = network(), torch.randn(1, 3, 65, 73)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    expected = plain(net, x)
+    exportable(net.train(), (65, 73))(x)
+    assert net.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(plain(net.eval(), x), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: exportable(nn.Conv2d(3, 3, 1), (65, 65)), "net must be a PSPNet, got Conv2d"),
+        (lambda: exportable(network().double(), (65, 65)), "must be in float32, got torch.float64"),
+        (lambda: exportable(network(), (65, 0)), "size must be"),
+        (lambda: exportable(network(), (65, 65), head="fast"), "head must be 'factorised' or 'concat', got 'fast'"),
+        (lambda: exportable(network(), (65, 65), output="masks"), "output must be 'logits' or 'labels', got 'masks'"),
+        (lambda: exportable(network(pooling="max"), None), "pooling='max' needs a size"),
+    ],
+)
+def test_bad_input(build, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        build()
+
+
+def test_the_command(tmp_path, capsys):
+    net = network()
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pth")
+    out = tmp_path / "net.onnx"
+    assert cli.main(["export", str(tmp_path / "net.pth"), str(out), "--size", "65", "73"]) == 0
+    assert f"{out}: onnx, logits, 65x73, factorised head" in capsys.readouterr().out
+    x = torch.randn(1, 3, 65, 73)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    assert_close(run(session, x), plain(net, x))
+    assert cli.main(["export", str(tmp_path / "none.pth"), str(out), "--size", "65", "73"]) == 2
+    assert "pspnet-fast export: no checkpoint at" in capsys.readouterr().err
