@@ -11,7 +11,7 @@ export MAX_JOBS ?= $(shell nproc)
 # Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
 TORCH_INDEX ?=
 
-.PHONY: demo test emulation memory-check bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
+.PHONY: demo test emulation memory-check compare bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
@@ -34,6 +34,10 @@ memory-check: $(VENV)/.built
 	PSPNET_FAST_CUDA_EMULATION=$(CURDIR)/build/asan/pspnet_fast_emulated.so LD_PRELOAD="$(ASAN)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	$(BIN)/python -m pytest -q tests/test_emulation.py tests/ops -k "cuda or emulation"
+
+# accelerate and load_checkpoint on the living libraries of requirements/compare.txt (60 MB are fetched).
+compare: $(VENV)/.built build/compare/.installed
+	PYTHONPATH=build/compare OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations/test_live.py tests/checkpoints -k "live or smp"
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -94,6 +98,11 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 
 build/triton-$(OLD_TRITON)/.installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@touch $@
+
+build/compare/.installed: requirements/compare.txt | $(BIN)/python
+	rm -rf build/compare
+	$(PIP) install -q --no-deps --no-compile --target build/compare -r requirements/compare.txt
 	@touch $@
 
 build/torch-$(OLD_TORCH)/.fetched: | $(BIN)/python

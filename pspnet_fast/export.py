@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_map_size
 from .data.normalisation import MEAN, STD
+from .geometry import bin_end, bin_start
 from .models.checkpoint import FORMAT
 from .models.pspnet import PSPNet
 from .nn.levels import NORMS, has_hooks
@@ -122,6 +123,23 @@ class _AveragePools(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         narrow = (x @ self.columns(x, x.shape[3])).split(self.bins, -1)
         return [rows(x, x.shape[2]) @ part for rows, part in zip(self.rows, narrow, strict=True)]
+
+
+class _MaximumPools(nn.Module):
+    """The same with the maximum, of a map of known size: windows are slices."""
+
+    def __init__(self, bins: Sequence[int], size: Sequence[int]) -> None:
+        super().__init__()
+        self.windows = [
+            [[(bin_start(i, length, b), bin_end(i, length, b)) for i in range(b)] for length in size] for b in bins
+        ]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        pooled = []
+        for rows, columns in self.windows:
+            narrow = torch.stack([x[..., first:last].amax(-1) for first, last in columns], -1)
+            pooled.append(torch.stack([narrow[:, :, first:last].amax(2) for first, last in rows], 2))
+        return pooled
 
 
 class _Upsample(nn.Module):
@@ -250,7 +268,8 @@ class Exportable(nn.Module):
                 coarse = net.features(like.new_zeros(1, 3, *size))[1].shape[2:]
         self.head: nn.Module | None = None
         if ppm is not None:
-            self.pools = _AveragePools(ppm.bins, coarse, like)
+            maxima = _pools_maxima(ppm)
+            self.pools = _MaximumPools(ppm.bins, coarse) if maxima else _AveragePools(ppm.bins, coarse, like)
             self.levels = nn.ModuleList(level[1:] for level in cast("list[nn.Sequential]", ppm.features))
             if head == "factorised":
                 conv, norm = cast(nn.Conv2d, cls[0]), cast(_BatchNorm, cls[1])
@@ -303,7 +322,8 @@ def exportable(
 
     Raises:
         TypeError: `net` is no PSPNet, or not in float32.
-        ValueError: what cannot be exported, in a sentence: maximum pooling, hooks, a bottleneck that is no plain convolution.
+        ValueError: what cannot be exported, in a sentence: maximum pooling of any size, hooks, a factorised bottleneck
+            that is no plain convolution.
     """
     if not isinstance(net, PSPNet):
         raise TypeError(f"export: net must be a PSPNet, got {type(net).__name__}")
@@ -314,12 +334,12 @@ def exportable(
         size = check_map_size("export", size)
     if other := {parameter.dtype for parameter in net.parameters()} - {torch.float32}:
         raise TypeError(f"export: net must be in float32, got {', '.join(map(str, other))}: net.float() makes it so")
-    if reason := _not_exportable(net, head):
+    if reason := _not_exportable(net, size, head):
         raise ValueError(f"export: {reason}")
     return Exportable(net, size, head, output).eval()
 
 
-def _not_exportable(net: PSPNet, head: Head) -> str | None:
+def _not_exportable(net: PSPNet, size: tuple[int, int] | None, head: Head) -> str | None:
     """Why the network cannot be stated, or None."""
     if not net.use_ppm:
         return None
@@ -328,12 +348,16 @@ def _not_exportable(net: PSPNet, head: Head) -> str | None:
         return f"ppm and cls must be as PSPNet makes them, got {type(ppm).__name__} and {type(cls).__name__}"
     if has_hooks(ppm) or has_hooks(cls):
         return "ppm and cls must have no hooks, which would not run"
-    if isinstance(cast(nn.Sequential, net.ppm.features[0])[0], nn.AdaptiveMaxPool2d):
-        return "pooling must be 'average', got 'max', whose windows no standard operator has"
+    if size is None and _pools_maxima(ppm):
+        return "pooling='max' needs a size: the windows of any size are no standard operators"
     reason = beyond_the_factorised_form(cls[0])
     if head == "factorised" and reason:
         return f"cls.0 cannot be factorised, {reason}: head must be 'concat'"
     return None
+
+
+def _pools_maxima(ppm: nn.Module) -> bool:
+    return type(cast("list[nn.Sequential]", ppm.features)[0][0]) is nn.AdaptiveMaxPool2d
 
 
 def _sharing_copy(net: PSPNet) -> PSPNet:

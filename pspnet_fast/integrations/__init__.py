@@ -128,7 +128,15 @@ def accelerate(model: nn.Module, head: bool = True, families: Sequence[Family | 
 
     Returns:
         What was accelerated, what was already, and what was refused and why; print it.
+
+    Raises:
+        TypeError: a model that is no module, a family that is no instance of `Family` or `Head`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    for each in families:
+        if not isinstance(each, (Family, Head)):
+            raise TypeError(f"accelerate: families must be instances of Family or Head, got {each!r}")
     report = Report()
     known = [each for each in families if isinstance(each, Family)] + [*FAMILIES]
     heads = [each for each in families if isinstance(each, Head)] + [*HEADS]
@@ -221,7 +229,9 @@ def _accelerate_head(report: Report, name: str, module: nn.Module, heads: Sequen
             continue
         change = partial(_rebind_head, head, family, factorised)
         inputs = partial(_inputs_of_head, head, pyramid)
-        layout, reason = _tried([module, layers], module, inputs, _layouts_of_head(plan), change, head.random)
+        direct = (head.ppm, head.layers) if plan is not None and plan.layout.x != "none" else None
+        layouts = _layouts_of_head(plan)
+        layout, reason = _tried([module, layers], module, inputs, layouts, change, head.random, direct)
         if layout is not None:
             change(module, layout)
             report.accelerated.append(Part(name, head.name, "head"))
@@ -256,8 +266,12 @@ def _tried(
     layouts: Sequence[Layout],
     change: Callable[[nn.Module, Layout], None],
     random: Callable[[nn.Module], Iterable[nn.Module]] = lambda module: (module,),
+    between: tuple[str, str] | None = None,
 ) -> tuple[Layout | None, str]:
-    """The layout with which the changed module agrees with the module; or None, and why there is none."""
+    """The layout with which the changed module agrees with the module; or None, and why there is none.
+
+    `between` names two children: the first one's result must reach the second as it is.
+    """
     for each in called:
         if not own_forward(each):
             return None, f"{type(each).__name__} is not called by its class's forward"
@@ -265,13 +279,18 @@ def _tried(
         trial = Trial(module, inputs, random)
     except Exception as error:  # whatever a stranger's module raises is why it is left alone
         return None, f"it could not be copied: {type(error).__name__}: {error}"
-    return trial.first_that_agrees(layouts, change)
+    layout, reason = trial.first_that_agrees(layouts, change)
+    if layout is not None and between is not None and layout.x != "none":
+        source, target = (cast(nn.Module, getattr(trial.copy, name)) for name in between)
+        if not trial.passes_on(source, target):
+            return None, "something happens to the concatenation on its way, which the trial cannot judge"
+    return layout, reason
 
 
 def _size(pyramid: Pyramid) -> tuple[int, int]:
-    """A map that no level divides, with more rows and columns than cells."""
-    least = 2 * max(pyramid.bins) + 1
-    return max(11, least), max(13, least + 2)
+    """A small map with more rows and columns than cells, which the levels do not divide."""
+    least = max(6, *pyramid.bins) + 1
+    return least, least + 2
 
 
 def _inside(name: str, others: Iterable[str]) -> bool:

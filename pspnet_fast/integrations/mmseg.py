@@ -40,4 +40,4 @@ class DecodeHead(Head):
             maps = [features(counts, size, batch)] * (index + 1 if index >= 0 else -index)
             return (maps,)
         last = len(counts) - 1
-        return ([features(c, (size[0] << last - i, size[1] << last - i), batch) for i, c in enumerate(counts)],)
+        return ([features(c, (size[0] + last - i, size[1] + last - i), batch) for i, c in enumerate(counts)],)

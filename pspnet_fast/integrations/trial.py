@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-Candidate = TypeVar("Candidate")
+from .family import Layout
+from .forwards import MARK
 
 TOLERANCE = 1e-6  # of the largest value, in float64: another rounding is 1e-15, another function at least 1e-4
 
@@ -43,34 +44,34 @@ class Trial:
                 _randomise(part)
 
     def first_that_agrees(
-        self, candidates: Iterable[Candidate], change: Callable[[nn.Module, Candidate], None]
-    ) -> tuple[Candidate | None, str]:
-        """The first candidate whose change leaves outputs and running statistics; else None, and a sentence why not."""
+        self, layouts: Iterable[Layout], change: Callable[[nn.Module, Layout], None]
+    ) -> tuple[Layout | None, str]:
+        """The first layout whose change leaves outputs and running statistics; else None, and a sentence why not."""
         reason = "it has no layout to try"
         try:
             expected = self._run(self.copy.eval())
         except Exception as error:  # whatever a stranger's forward raises is why it is left alone
             return None, f"its forward could not be tried on random features: {type(error).__name__}: {error}"
-        for candidate in candidates:
+        for layout in layouts:
             changed = copy.deepcopy(self.copy)
-            change(changed, candidate)
+            change(changed, layout)
             try:
                 got = self._run(changed)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except Exception as error:  # a stranger's forward may check what it is given, in its own words
                 reason = f"its layers are known, and its forward is another: {type(error).__name__}: {error}"
                 continue
             if not _agree(expected, got):
                 reason = "its layers are known, and its forward computes something else"
                 continue
             if self._synchronises():
-                return candidate, ""
+                return layout, ""
             try:
                 expected = [*self._run(self.copy.train()), *self.copy.buffers()]
                 got = [*self._run(changed.train()), *changed.buffers()]
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except Exception as error:
                 return None, f"its training could not be tried: {type(error).__name__}: {error}"
             if _agree(expected, got):
-                return candidate, ""
+                return layout, ""
             return None, "in training it computes something else than in evaluation"
         return None, reason
 
@@ -78,7 +79,19 @@ class Trial:
         with self._alone():
             arguments = [_to(argument, self.device) for argument in self.inputs(module)]
             out = module(*arguments)
-        return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        # What a forward leaves in attributes is a result, too.
+        kept = [value for each in module.modules() for name, value in each.__dict__.items() if name != MARK]
+        return [leaf for leaf in tree_leaves([out, kept]) if type(leaf) is torch.Tensor]
+
+    def passes_on(self, source: nn.Module, target: nn.Module) -> bool:
+        """Whether what `target` is given is the very tensor that `source` returned, in the copy that both are parts of."""
+        seen: list[Any] = []
+        with (
+            source.register_forward_hook(lambda module, arguments, out: seen.append(out)),
+            target.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0])),
+        ):
+            self._run(self.copy.eval())
+        return len(seen) == 2 and seen[0] is seen[1]
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pspnet_fast import PSPNet, convert
+from pspnet_fast import PSPNet, config, convert
 from pspnet_fast.checkpoints import detect, load_checkpoint
 from pspnet_fast.models import CheckpointError, read_checkpoint
 
@@ -72,7 +72,6 @@ def test_our_safetensors_are_the_same_network(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["smp-18", "csail-18", "mmseg-18"])
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_predict_and_evaluate_know_the_network(name, suffix, tmp_path):
-    config = pytest.importorskip("pspnet_fast.config", reason="needs Pillow and tqdm")
     given = networks.write(name, peer(name), tmp_path)
     out = tmp_path / f"out.{suffix}"
     assert command(*(given if isinstance(given, tuple) else [given]), out) == 0
@@ -84,7 +83,6 @@ def test_predict_and_evaluate_know_the_network(name, suffix, tmp_path):
 
 
 def test_a_trainings_snapshot_keeps_its_recipe(tmp_path):
-    config = pytest.importorskip("pspnet_fast.config", reason="needs Pillow and tqdm")
     recipe = config.Recipe(dataset="scenes", layers=18, width=4, pooling="max", bins=(1, 2), crop=65)
     net = recipe.network().eval()
     content = {"model": net.state_dict(), "optimizer": {}, "recipe": config.plain(recipe), "iteration": 3}

@@ -1,4 +1,7 @@
-"""`accelerate` against every family's structure (peers.py): the same results before and after, and nothing else changed."""
+"""`accelerate` against every family's structure (peers.py): the same results before and after, and nothing else changed.
+
+Past 300 lines, because what users do with a model (copies, wrappers, hooks, conversions) is asked of one set of peers.
+"""
 
 import contextlib
 import copy
@@ -63,7 +66,7 @@ def assert_as_accurate(plain, ours, batches):
 @pytest.mark.parametrize("name", peers.ACCELERATED)
 def test_the_same_results(name, training):
     plain, ours = pair(name)
-    assert_as_accurate(plain.train(training), ours.train(training), [peers.inputs(name, 4) for _ in range(8)])
+    assert_as_accurate(plain.train(training), ours.train(training), [peers.inputs(name, 8) for _ in range(6)])
 
 
 @pytest.mark.parametrize("name", peers.ACCELERATED)
@@ -85,23 +88,12 @@ def test_what_differs_is_left_as_it_is(name):
     model, arguments = peers.make(name).eval(), peers.inputs(name)
     expected = peers.tensors(model(*arguments))
     report = accelerate(model)
-    if name in ("speedinghzl_abn", "shared"):  # their modules run as they are, between pooling and upsampling
-        assert len(report.accelerated) == 1
-        for ours, theirs in zip(peers.tensors(model(*arguments)), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-        return
     assert report.accelerated == []
     assert "the model is unchanged" in str(report)
     assert all(type(module).__mro__[1].__module__ != "pspnet_fast.integrations.forwards" for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(peers.tensors(model(*arguments)), expected, strict=True))
-    reasons = {
-        "semseg_unequal": "differ in out_channels: 8, 8, 16, 8",
-        "csail_upernet": "upsamples the pooled features before",
-        "different_in_training": "in training it computes something else",
-        **dict.fromkeys(("paddle", "nearest", "sum", "another_input"), "its forward computes something else"),
-    }
-    if name in reasons:
-        assert [reasons[name] in each.reason for each in report.refused] == [True]
+    if peers.PEERS[name].reason:
+        assert [peers.PEERS[name].reason in each.reason for each in report.refused] == [True]
         assert report.refused[0].reason in str(report)
     else:
         assert report.refused == []
@@ -190,7 +182,7 @@ def test_the_head_never_builds_the_concatenation(name):
             model.eval()(*arguments)
         counts.append(len(made) > 0)
     assert counts == [True, False, True]
-    assert_as_accurate(plain.train(), apart.train(), [peers.inputs(name, 4) for _ in range(8)])
+    assert_as_accurate(plain.train(), apart.train(), [peers.inputs(name, 8) for _ in range(6)])
 
 
 def test_the_pyramid_by_itself_still_gives_the_concatenation():
@@ -551,3 +543,69 @@ def test_every_family_is_tried_on_a_peer():
     """None of the table is unreachable."""
     found = {peer.family for peer in peers.PEERS.values() if peer.ppm is not None} | {"CSAIL UPerNet"}
     assert {family.name for family in integrations.FAMILIES} | {head.name for head in integrations.HEADS} == found
+
+
+# What a trial must not miss
+
+
+class Between(nn.Module):
+    """A head like semseg's, whose forward does something between the pyramid and the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.ppm, self.cls, self.gain = peers.SemsegPPM(32, 8), peers.classifier(64, 8), nn.Parameter(torch.ones(1))
+
+    def forward(self, x, y=None):
+        return self.cls(self.between(self.ppm(x)))
+
+
+class Asserting(Between):
+    def between(self, x):
+        assert x.shape[1] == 64
+        return x
+
+
+class Gated(Between):
+    def between(self, x):
+        return x * self.gain
+
+
+class Keeping(Between):
+    def between(self, x):
+        self.kept = x
+        return x
+
+
+class HeadOfFeatures(Head):
+    """semseg's, of features and not of images."""
+
+    name = "of features"
+    ppm = "ppm"
+    layers = "cls"
+
+    def inputs(self, head, channels, size, batch):
+        return (features(channels, size, batch),)
+
+    def random(self, head):
+        return head.ppm, head.cls
+
+
+@pytest.mark.parametrize("kind", [Asserting, Gated, Keeping])
+def test_something_between_the_pyramid_and_the_layers(kind):
+    """The pyramid is accelerated, the head is not, whatever the parameters between are worth now."""
+    plain = peers.randomise(kind()).eval()
+    ours = copy.deepcopy(plain)
+    report = accelerate(ours, families=[HeadOfFeatures()])
+    assert {each.part for each in report.accelerated} == {"PPM"}
+    assert any(each.family == "of features" for each in report.refused)
+    for model in (plain, ours):
+        model.gain.data.fill_(3.0)
+    x = torch.randn(2, 32, 11, 13)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"accelerate: model must be a torch.nn.Module, got str"):
+        accelerate("model")
+    with pytest.raises(TypeError, match=r"accelerate: families must be instances of Family or Head, got <class"):
+        accelerate(nn.Identity(), families=[Family])
