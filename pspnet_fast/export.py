@@ -527,7 +527,7 @@ def _compared(net: PSPNet, run: Runner, shapes: Sequence[Sequence[int]], output:
         image = torch.randn(batch, 3, height, width, generator=generator)
         with torch.no_grad():
             expected, got = reference(image), run(image)
-        allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+        allowed, factor = TOLERANCE * max(1.0, float(expected.abs().max())), 1
         where = f"{batch}x3x{height}x{width}"
         if output == "logits":
             distance, words = float((got - expected).abs().max()), "largest difference of a logit"
@@ -537,10 +537,15 @@ def _compared(net: PSPNet, run: Runner, shapes: Sequence[Sequence[int]], output:
                 float((expected.amax(1) - chosen).max()),
                 "largest distance of a label's logit from the best",
             )
-            allowed *= 2
-        if not distance <= allowed:  # NaN, too
+            factor = 2
+        if not distance <= factor * allowed:  # NaN, too
+            # Where the network itself is less exact than that, the file may be as far from the truth, and as far again.
+            with torch.no_grad():
+                exact = copy.deepcopy(reference).double()(image.double())
+            allowed = max(allowed, 3 * float((expected - exact).abs().max()))
+        if not distance <= factor * allowed:
             raise ExportError(
-                f"export: the file must agree with the network to {allowed:.1e}, got {distance:.1e} at {where}"
+                f"export: the file must agree with the network to {factor * allowed:.1e}, got {distance:.1e} at {where}"
             )
         lines.append(f"compared with the network at {where}: {words} {distance:.1e}")
     return lines
