@@ -192,7 +192,15 @@ def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None
         from . import config
 
         net, recipe = config.snapshot_network(content)
-        return net.to(args.device), recipe.class_table(), recipe.crop, recipe.base_size
+        classes = recipe.class_table()
+        if args.dataset is not None and recipe.dataset == "list":  # as converted checkpoints say, which know no names
+            named = CLASSES[args.dataset]
+            if len(named.names) != len(classes.names):
+                raise ValueError(
+                    f"--dataset {args.dataset} has {len(named.names)} classes, {args.weights} {len(classes.names)}"
+                )
+            classes = named
+        return net.to(args.device), classes, recipe.crop, recipe.base_size
     dataset = args.dataset or "ade20k"
     classes = CLASSES[dataset]
     torch.manual_seed(0)  # --random-weights gives the same noise every time

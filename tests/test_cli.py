@@ -53,6 +53,17 @@ def test_a_corrupt_picture_is_named_and_the_rest_goes_on(pictures, tmp_path, cap
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
+def test_a_converted_checkpoint_takes_the_names_of_a_dataset(pictures, tmp_path, capsys):
+    """Written by convert, it knows its network and no names; `--dataset` gives them, where the classes are as many."""
+    pytest.importorskip("safetensors")
+    torch.save({"state_dict": PSPNet(layers=18, width=4, classes=21).state_dict()}, tmp_path / "net.pth")
+    assert cli.main(["convert", str(tmp_path / "net.pth"), str(tmp_path / "net.safetensors")]) == 0
+    weights = ["--weights", tmp_path / "net.safetensors", "--output", tmp_path / "out"]
+    assert predict(pictures / "p0.png", *weights) == 0
+    assert cli.main(["predict", str(pictures / "p0.png"), *map(str, weights), "--dataset", "cityscapes"]) == 2
+    assert "--dataset cityscapes has 19 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
