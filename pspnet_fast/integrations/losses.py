@@ -61,7 +61,7 @@ def accelerate_losses() -> Iterator[Used]:
 
     Two lines are all that a training loop changes:
 
-        from pspnet_fast.integrations import accelerate_losses
+        from pspnet_fast import accelerate_losses
 
         with accelerate_losses() as used:                                      # around forward and loss
             logits = F.interpolate(net(images), labels.shape[1:], mode="bilinear", align_corners=True)
