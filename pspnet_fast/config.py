@@ -52,7 +52,7 @@ class Recipe:
         output_stride: see `ResNet`.
         dilation: see `ResNet`.
         stages: how many of the ResNet's stages there are, see `PSPNet`.
-        dilate_second: whether the second convolution of dilated basic blocks is dilated, see `PSPNet`.
+        dilate_second: whether the second convolution of dilated basic blocks is dilated, see `ResNet`.
         bins: cells per axis of each level of the pyramid.
         bin1_norm: false is a bias in place of the norm at bin 1, see `PPM`.
         reduction_channels: channels of each level; null is the features' over the number of levels.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ from .checkpoints.detect import Recognised, recognise
 from .checkpoints.layout import Layout, layout_of
 from .checkpoints.load import built, read
 from .checkpoints.write import TARGETS, Written, written
-from .data.normalisation import MEAN, STD
+from .data import normalisation
+from .files import replacing
 from .models.checkpoint import FORMAT
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -105,8 +105,7 @@ def convert(
     if target.suffix == ".safetensors":
         _save_safetensors(made, target, _metadata(found.layout, to, made.needs, recipe))
     else:
-        wrapped = _wrapped(made, to, recipe)
-        _replace(target, lambda file: torch.save(wrapped, file))
+        _save_torch(_wrapped(made, to, recipe), target)
     if made.left_out:
         parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in made.left_out))
         lines.append(f"  not written, as {to} has no place for it: {parts}")
@@ -131,7 +130,7 @@ def _metadata(layout: Layout, to: str, needs: str, recipe: Mapping[str, Any] | N
         "version": metadata.version("pspnet_fast"),
         "family": to,
         "source": layout.family,
-        "normalisation": json.dumps({"mean": MEAN, "std": STD, "of": "RGB from 0 to 255"}),
+        "normalisation": normalisation.JSON,
     }
     if recipe is not None:
         values |= {"recipe": json.dumps(recipe), "classes": str(layout.classes)}
@@ -157,23 +156,13 @@ def _save_safetensors(made: Written, path: Path, values: dict[str, str]) -> None
         raise ImportError(f"{path}: needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
     # Each tensor its own, in order: safetensors refuses shared and strided memory.
     state = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in made.state.items()}
-    _replace(path, lambda file: file.write(safetensors.torch.save(state, values)))
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(state, values))
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under another name, flush it, rename it: no half of a file is ever seen.
-
-    Raises:
-        OSError: it cannot be written; what was there is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a write comes up short
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise OSError(f"{path}: cannot be written: {reason}") from error
+def _save_torch(content: dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch's writer says that a write came up short
+            raise OSError(" ".join(str(error).split())) from error

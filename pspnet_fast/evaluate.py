@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import nn
 
 from .data.datasets import Dataset, DatasetError, Sample, read_sample
+from .files import replacing
 from .metrics import ABSENT, Absent, Scores, confusion_matrix, scores
-from .predict import Protocol, colour, make_folder, predict_labels, replacing, save
+from .predict import PictureError, Protocol, colour, make_folder, predict_labels, save
 
 try:
     from PIL import Image
@@ -230,7 +231,10 @@ def _write(result: Evaluation, output: Path) -> None:
     from .charts import confusion_picture
 
     write_json(result, output / "results.json")
-    with replacing(output / "per_class.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(output / "per_class.csv", PictureError) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         rows = csv.writer(file)
         rows.writerow(["class", "IoU", "accuracy", "pixels"])
         columns = zip(result.names, result.scores.iou, result.scores.acc, result.pixels, strict=True)
@@ -269,7 +273,7 @@ def to_json(result: Evaluation) -> dict[str, Any]:
 
 def write_json(result: Evaluation, path: Path) -> None:
     """`to_json` as a file. PictureError where it cannot be written."""
-    with replacing(path) as temporary:
+    with replacing(path, PictureError) as temporary:
         temporary.write_text(json.dumps(to_json(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,8 @@ from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_map_size
-from .data.normalisation import MEAN, STD
+from .data import normalisation
+from .files import replacing
 from .geometry import bin_end, bin_start
 from .models.checkpoint import FORMAT
 from .models.pspnet import PSPNet
@@ -421,9 +421,9 @@ def export(
         "version": version("pspnet_fast"),
         "classes": str(net.cls[-1].out_channels),
         "align_corners": json.dumps(net.align_corners),
-        "normalisation": json.dumps({"mean": MEAN, "std": STD, "of": "RGB from 0 to 255"}),
+        "normalisation": normalisation.JSON,
     }
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         program = _traced(module, size, dynamic)
         if onnx is not None:
             _write_onnx(onnx, program, temporary, output, metadata)
@@ -549,20 +549,6 @@ def _compared(net: PSPNet, run: Runner, shapes: Sequence[Sequence[int]], output:
             )
         lines.append(f"compared with the network at {where}: {words} {distance:.1e}")
     return lines
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file of the same ending beside `path`, which becomes `path` where the block ends well, and else is removed."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

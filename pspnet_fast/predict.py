@@ -10,11 +10,9 @@ Past 300 lines, because reading, legend and writing serve the protocol only and 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -25,6 +23,7 @@ from torch import nn
 
 from .data.classes import Classes
 from .data.normalisation import MEAN, STD
+from .files import replacing
 from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import accumulation_dtype, bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
@@ -303,22 +302,9 @@ def _per_cent(part: int, whole: int) -> str:
     return f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which is then renamed: no half of a file is ever seen. PictureError names `path`."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(picture: Image.Image, path: Path) -> None:
-    """As PNG, by `replacing`."""
-    with replacing(path) as temporary:
+    """As PNG. PictureError where it cannot be written; what was there is then untouched."""
+    with replacing(path, PictureError) as temporary:
         picture.save(temporary, format="PNG")
 
 

@@ -11,13 +11,14 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "files"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
 MAY_IMPORT = {
     "geometry": set(),
     "checks": set(),
+    "files": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},
@@ -28,13 +29,13 @@ MAY_IMPORT = {
     "models": {"models", "nn", "functional", *LEAVES},
     "integrations": {"integrations", "nn", "functional", *LEAVES},
     "checkpoints": {"checkpoints", "config", "data", "models", "nn"},
-    "convert": {"checkpoints", "config", "data", "models"},
+    "convert": {"checkpoints", "data", "files", "models"},
     "export": {"checkpoints", "data", "models", "nn", *LEAVES},
     "data": {"data"},
     "metrics": LEAVES,
     "charts": set(),
     "predict": {"data", *STACK},
-    "evaluate": {"data", "predict", "metrics", "charts"},
+    "evaluate": {"data", "files", "predict", "metrics", "charts"},
     "config": {"data", "predict", "models", "nn"},
     "placement": {"config", "models", "nn"},
     "arguments": {"config", "placement"},

@@ -23,7 +23,6 @@ from pspnet_fast.predict import (
     predict_labels,
     predict_probabilities,
     read_picture,
-    replacing,
     save,
     scaled_size,
     windows,
@@ -353,24 +352,6 @@ def test_save_leaves_no_part_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(PictureError, match="absent.*cannot be written"):
         save(Image.new("L", (4, 4)), tmp_path / "absent" / "a.png")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-
-    def fails_half_way():
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails_half_way()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "before"
-    with replacing(path) as temporary:
-        temporary.write_text("after")
-    assert path.read_text() == "after"
 
 
 def test_load_network(tmp_path):

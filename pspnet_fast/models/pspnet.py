@@ -22,7 +22,7 @@ from ..nn.plain_ppm import PlainPPM, Pooling
 from ..nn.ppm import PPM
 from ..nn.psp_head import Head, check_head, classifier, psp_head
 from .checkpoint import Loadable, bare_state_dict, read_checkpoint
-from .resnet import BasicBlock, Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
+from .resnet import Choices, Dilation, NormLayer, ResNet, Stem, StrideIn, check_image
 
 Pretrained = str | os.PathLike[str] | Mapping[str, Any] | None
 Stages = Literal[2, 3, 4]
@@ -75,7 +75,7 @@ class PSPNet(Loadable):
             "torchvision": the ImageNet weights of the installed torchvision, which then downloads them if it must; for
             stem="plain" with the other choices as torchvision's ("halved" is its dilation, "full" loads too). Nothing
             else is ever downloaded.
-        stem, output_stride, dilation, stride_in, conv_bias, share_stage3, width: see `ResNet`.
+        stem, output_stride, dilation, dilate_second, stride_in, conv_bias, share_stage3, width: see `ResNet`.
         norm_layer: makes a norm from its channel count, everywhere in the network.
         align_corners: of every upsampling, in the pyramid and of the logits.
         aux: whether there is an auxiliary head.
@@ -89,8 +89,6 @@ class PSPNet(Loadable):
         channels: the channel counts of those two feature maps; needed with `backbone`, and only then.
         stages: how many of the ResNet's four stages there are. The features are the last one's; `aux` reads the one before.
             2 is segmentation_models_pytorch's PSPNet (encoder_depth=3), at an output stride of 8 without dilation.
-        dilate_second: whether the second convolution of a dilated stage's basic blocks (18 and 34 layers) is dilated; mmseg
-            never does (mmseg/models/backbones/resnet.py, BasicBlock).
         kernel_sizes: of the bottleneck and of the convolution to the classes, 1 or 3 each; segmentation_models_pytorch has
             (1, 3).
         bin1_norm: without it, the level of bin 1 has a bias in place of a norm (see `PPM`), as in segmentation_models_pytorch.
@@ -186,13 +184,13 @@ class PSPNet(Loadable):
             "stem": stem,
             "output_stride": output_stride,
             "dilation": dilation,
+            "dilate_second": dilate_second,
             "stride_in": stride_in,
             "conv_bias": conv_bias,
             "share_stage3": share_stage3,
             "width": width,
         }
-        of_stages = {"stages": stages, "dilate_second": dilate_second}
-        _check_backbone(backbone, channels, {"layers": layers, **choices, **of_stages})
+        _check_backbone(backbone, channels, {"layers": layers, "stages": stages, **choices})
 
         weights = _pretrained_weights(pretrained, layers, choices)
         of_resnet = weights is not None and backbone is None and "conv1.weight" in weights
@@ -205,8 +203,6 @@ class PSPNet(Loadable):
                 self.add_module(name, resnet.get_submodule(name))
             last = resnet.channels[1] >> (4 - stages)
             channels = (last // 2, last)
-            if not dilate_second:
-                _undilate_second_convolutions(self)
         self.channels = cast("tuple[int, int]", channels)
         third, fourth = self.channels
 
@@ -228,7 +224,7 @@ class PSPNet(Loadable):
         self.aux = classifier(third, inner, classes, dropout, norm_layer) if aux else None
         self.settings: dict[str, Any] | None = None
         if backbone is None:
-            self.settings = {"layers": layers, **choices, **of_stages, **widths}
+            self.settings = {"layers": layers, "stages": stages, **choices, **widths}
             self.settings |= {"bins": tuple(bins), "use_ppm": use_ppm, "pooling": pooling, "reduction": reduction}
             self.settings |= {
                 "align_corners": align_corners,
@@ -344,12 +340,6 @@ def _nearest(length: int, count: int, align_corners: bool, device: torch.device)
     if align_corners:
         return (2 * i * (length - 1) + count - 1) // max(2 * (count - 1), 1)
     return (2 * i + 1) * length // (2 * count)
-
-
-def _undilate_second_convolutions(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, BasicBlock):
-            module.conv2.dilation = module.conv2.padding = (1, 1)
 
 
 def _check_backbone(

@@ -24,6 +24,7 @@ class Choices(TypedDict):
     stem: Stem
     output_stride: int
     dilation: Dilation
+    dilate_second: bool
     stride_in: StrideIn
     conv_bias: bool
     share_stage3: bool
@@ -146,8 +147,9 @@ class ResNet(Loadable):
         output_stride: 8, 16 or 32.
         dilation: of the first block of a dilated stage. "full", the stage's own (semseg, Caffe); "halved", that of the
             stage before (mmseg's contract_dilation, torchvision's replace_stride_with_dilation). Weights of one load
-            into the other and compute something else. In a basic block it is that of the first convolution, the second
-            always has the stage's own; mmseg never dilates the second.
+            into the other and compute something else. In a basic block it is that of the first convolution.
+        dilate_second: whether the second convolution of a basic block has the stage's dilation, in every block; mmseg never
+            dilates it (mmseg/models/backbones/resnet.py, BasicBlock). Bottlenecks have one dilated convolution.
         stride_in: the convolution of a bottleneck that has the stride, "conv2", the 3x3 (semseg, torchvision), or
             "conv1", the first 1x1 (He et al., Caffe). A basic block has it in its first convolution.
         conv_bias: whether the convolutions have biases.
@@ -177,6 +179,7 @@ class ResNet(Loadable):
         stem: Stem = "deep",
         output_stride: int = 8,
         dilation: Dilation = "full",
+        dilate_second: bool = True,
         stride_in: StrideIn = "conv2",
         conv_bias: bool = False,
         norm_layer: NormLayer = nn.BatchNorm2d,
@@ -214,12 +217,12 @@ class ResNet(Loadable):
                 stride, rate = 1, 2 * rate
                 entry_rate = rate if dilation == "full" else entry_rate
             reached *= stride
-            inner = width * 2**k
-            blocks: list[nn.Module] = [block(in_channels, inner, stride, (entry_rate, rate), style)]
+            inner, second_rate = width * 2**k, rate if dilate_second else 1
+            blocks: list[nn.Module] = [block(in_channels, inner, stride, (entry_rate, second_rate), style)]
             in_channels = inner * block.expansion
             shared = share_stage3 and k == 2
             for _ in range(1, 2 if shared else depth):
-                blocks.append(block(in_channels, inner, 1, (rate, rate), style))
+                blocks.append(block(in_channels, inner, 1, (rate, second_rate), style))
             stages.append(RepeatedStage(blocks, depth - 1) if shared else nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.channels = (in_channels // 2, in_channels)

@@ -5,16 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 
 from pspnet_fast import PSPNet
 from pspnet_fast.checkpoints import detect, load_checkpoint
 from pspnet_fast.models import CheckpointError
-
-_spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
 
 
 def state_of(name):

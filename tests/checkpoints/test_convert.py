@@ -5,18 +5,14 @@ import importlib.util
 import json
 import os
 from functools import cache
-from pathlib import Path
 
+import networks
 import pytest
 import torch
 
 from pspnet_fast import PSPNet, config, convert
 from pspnet_fast.checkpoints import detect, load_checkpoint
 from pspnet_fast.models import CheckpointError, read_checkpoint
-
-_spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
 
 IMAGES = torch.randn(1, 3, 64, 72, generator=torch.Generator().manual_seed(0))
 NEEDS_SAFETENSORS = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="needs safetensors")

@@ -1,9 +1,8 @@
 """Checkpoints of other libraries: what they mean, against those libraries' networks in plain PyTorch (networks.py)."""
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
+import networks
 import pytest
 import torch
 
@@ -12,10 +11,6 @@ from pspnet_fast.checkpoints import detect, load_checkpoint, to_family
 from pspnet_fast.checkpoints.detect import recognise
 from pspnet_fast.checkpoints.load import built, read
 from pspnet_fast.models import CheckpointError
-
-_spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
 
 BACKBONES = [name for name in networks.NETWORKS if name.startswith(("torchvision", "imagenet"))]
 WHOLE = [name for name in networks.NETWORKS if name not in BACKBONES]

@@ -1,20 +1,15 @@
 """`load_checkpoint` into a network that there is, and the settings of PSPNet that other libraries' networks need."""
 
-import importlib.util
 import pathlib
 from functools import cache
-from pathlib import Path
 
+import networks
 import pytest
 import torch
 
 from pspnet_fast import PSPNet
 from pspnet_fast.checkpoints import load_checkpoint, to_family
 from pspnet_fast.models import CheckpointError
-
-_spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
 
 IMAGES = torch.randn(1, 3, 64, 72, generator=torch.Generator().manual_seed(0))
 

@@ -1,9 +1,8 @@
 """`to_family`: there and back to the bit, and what a library cannot express."""
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
+import networks
 import pytest
 import torch
 
@@ -12,10 +11,6 @@ from pspnet_fast.checkpoints import detect, to_family
 from pspnet_fast.checkpoints.detect import recognise
 from pspnet_fast.checkpoints.load import built
 from pspnet_fast.models import CheckpointError
-
-_spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
 
 # Maps of 8x9 cells: every bin's windows differ, and the largest dilation reaches across.
 IMAGES = torch.randn(1, 3, 64, 72, generator=torch.Generator().manual_seed(0))
