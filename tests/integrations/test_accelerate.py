@@ -604,6 +604,42 @@ def test_something_between_the_pyramid_and_the_layers(kind):
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+class Beside(Between):
+    """Its forward also calls a pyramid that is no part of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = peers.SemsegPPM(32, 8)
+
+    def forward(self, x, y=None):
+        return self.cls(self.ppm(x)), self.other(x)
+
+
+def test_another_pyramid_inside_a_head_s_forward():
+    plain = peers.randomise(Beside()).eval()
+    ours = copy.deepcopy(plain)
+    report = accelerate(ours, families=[HeadOfFeatures()])
+    assert {(each.name, each.part) for each in report.accelerated} == {("ppm", "PPM"), ("other", "PPM"), ("", "head")}
+    x = torch.randn(2, 32, 11, 13)
+    for a, b in zip(ours(x), plain(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_that_tell_nothing_are_not_relied_on():
+    """Norms that start at zero, whose levels are zero for every align_corners."""
+    plain = peers.make("zijundeng").eval()
+    for norm in (module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.zeros_(norm.weight)
+        nn.init.zeros_(norm.bias)
+    ours = copy.deepcopy(plain)
+    assert accelerate(ours).accelerated
+    trained = peers.make("zijundeng").state_dict()
+    for model in (plain, ours):
+        model.load_state_dict(trained)
+    x = torch.randn(2, 32, 11, 13)
+    torch.testing.assert_close(ours(x), plain(x))
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"accelerate: model must be a torch.nn.Module, got str"):
         accelerate("model")
