@@ -10,15 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .checkpoints.detect import Recognised, recognise
 from .checkpoints.layout import Layout, layout_of
 from .checkpoints.load import built, read
 from .checkpoints.write import TARGETS, Written, written
 from .data import normalisation
 from .files import replacing
-from .models.checkpoint import FORMAT
+from .models.checkpoint import FORMAT, write_checkpoint
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -105,7 +103,7 @@ def convert(
     if target.suffix == ".safetensors":
         _save_safetensors(made, target, _metadata(found.layout, to, made.needs, recipe))
     else:
-        _save_torch(_wrapped(made, to, recipe), target)
+        write_checkpoint(_wrapped(made, to, recipe), target)
     if made.left_out:
         parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in made.left_out))
         lines.append(f"  not written, as {to} has no place for it: {parts}")
@@ -158,11 +156,3 @@ def _save_safetensors(made: Written, path: Path, values: dict[str, str]) -> None
     state = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in made.state.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(state, values))
-
-
-def _save_torch(content: dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # how torch's writer says that a write came up short
-            raise OSError(" ".join(str(error).split())) from error

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .models.checkpoint import CheckpointError, read_checkpoint
+from .models.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 
@@ -28,33 +25,7 @@ def save(content: Mapping[str, Any], path: Path, keep: Path | None = None) -> No
     Raises:
         SnapshotError: the disk is full, the folder cannot be written: what was there is untouched.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            link = keep.with_name(f".{keep.name}.part")
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, keep)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a write comes up short
-        temporary.unlink(missing_ok=True)
-        still = f", {path.name} is as it was" if path.exists() else ""
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SnapshotError(f"{path}: cannot be written: {reason}{still}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """The renaming, too, is on the disk when this returns."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_checkpoint(content, path, SnapshotError, keep)
 
 
 def read(path: Path) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from ..files import replacing
 
 FORMAT = "pspnet_fast"
 """The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
@@ -95,6 +97,17 @@ def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
     return content
+
+
+def write_checkpoint(
+    content: Mapping[str, Any], path: Path, error: Callable[[str], Exception] = OSError, keep: Path | None = None
+) -> None:
+    """`torch.save` as a file that appears whole or not at all; see `files.replacing` for `error` and `keep`."""
+    with replacing(path, error, keep) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as reason:  # how torch's writer says that a write came up short
+            raise OSError(" ".join(str(reason).split())) from reason
 
 
 def bare_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
