@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +21,36 @@ CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
 
 
+INTERRUPTED, NOBODY_READS = 130, 141  # as a shell says of a program that SIGINT or SIGPIPE ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command; its exit status: 130 after Ctrl-C, 141 where the reader of its output has gone, else the command's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
+    argv = sys.argv[1:] if argv is None else [*argv]
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(f"\npspnet-fast{_command(argv)}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still in the buffers would raise again when Python ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return NOBODY_READS
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command's name after a space, where the arguments begin with one."""
+    return f" {argv[0]}" if argv and argv[0].isalpha() else ""
+
+
+def _run(argv: Sequence[str]) -> int:
     from . import __version__, convert, export
 
     parser = argparse.ArgumentParser(prog="pspnet-fast", description="PSPNet on fast kernels.")
@@ -37,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_arguments(commands.add_parser("export", help="a network as ONNX, torch.export or AOTInductor files"))
     _add_scenes_arguments(commands.add_parser("scenes", help="draw a dataset to try the rest on"))
     commands.add_parser("doctor", help="print versions, hardware and backends, for a bug report")
-    argv = sys.argv[1:] if argv is None else [*argv]
-    if argv[:1] in (["train"], ["evaluate"]):  # recipes have a parser of their own
+    if [*argv[:1]] in (["train"], ["evaluate"]):  # recipes have a parser of their own
         return (_train if argv[0] == "train" else _evaluate)(argv[1:])
     args = parser.parse_args(argv)
     if args.command == "doctor":

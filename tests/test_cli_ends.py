@@ -1,0 +1,50 @@
+"""How the command line ends where somebody ends it: by Ctrl-C, or by reading no further."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "pspnet_fast.cli"]
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path):
+    """A picture that takes minutes, interrupted once the network is there."""
+    Image.fromarray(np.zeros((2000, 3000, 3), np.uint8)).save(tmp_path / "large.png")
+    arguments = ["predict", str(tmp_path / "large.png"), "--random-weights", "--layers", "18", "--device", "cpu"]
+    arguments += ["--base-size", "3000", "--batch-size", "1", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    said = process.stderr.readline()  # that the network is untrained: it predicts from here on
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert "untrained" in said
+    assert process.returncode == 130
+    assert rest.split("\n") == ["", "pspnet-fast predict: interrupted", ""]
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, "doctor"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_nothing(tmp_path):
+    name = "h\N{LATIN SMALL LETTER U WITH DIAERESIS}tte\N{CAT FACE}"
+    arguments = ["scenes", str(tmp_path / name), "--images", "1", "--size", "48", "48"]
+    ascii_terminal = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ascii_terminal, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "h\\xfctte\\U0001f431" in done.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["nothing"]])
+def test_status_of_the_parser(argv):
+    done = subprocess.run([*COMMAND, *argv], capture_output=True, check=False)
+    assert done.returncode == (0 if argv == ["--help"] else 2)
