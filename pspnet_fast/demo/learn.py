@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 
@@ -27,15 +28,15 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
     """Draw, train, evaluate and predict; print what comes of it.
 
     Args:
-        output: a folder, which gets the scenes, `run` (snapshots, learning curve), `evaluation`, `unseen.png` and the
-            street's overlay.
+        output: a folder, which gets the scenes, `run` (snapshots, learning curve; `run_2` where an earlier demonstration's is
+            there), `evaluation`, `unseen.png` and the street's overlay.
         scenes: how many are drawn to train on; a fifth as many are unseen.
         iterations: of the training, instead of the recipe's.
     """
     folder = output / f"scenes_{scenes}"
     if not folder.exists():
         write_scenes(folder, scenes)
-    places = ["--data", str(folder), "--output", str(output / "run"), "--workers", "1"]
+    places = ["--data", str(folder), "--output", str(_new_folder(output / "run")), "--workers", "1"]
     recipe, run = parse("demo", [RECIPE, *places, "--validate-every", "250", "--validate-images", "30"], Run, "")
     recipe = dataclasses.replace(recipe, iterations=iterations or recipe.iterations)
     unseen = dataset_of(recipe, "val")
@@ -71,6 +72,12 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
         ("checkpoint", best),
     ):
         print(f"{what:32}{path}")
+
+
+def _new_folder(folder: Path) -> Path:
+    """The folder, or the first of folder_2, folder_3, ... that is not there: a training takes no other's."""
+    others = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
+    return next(each for each in itertools.chain([folder], others) if not each.exists())
 
 
 def _unseen_sheet(net: torch.nn.Module, unseen: Dataset, recipe: Recipe, path: Path) -> None:
