@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_fast.demo import learn
 from pspnet_fast.demo.__main__ import main
 
 pytest.importorskip("jsonargparse")
@@ -25,6 +26,14 @@ def test_the_demo_learns_compares_and_writes_its_pictures(tmp_path, capsys):
     with Image.open(tmp_path / "street_labels.png") as labels:
         assert labels.size == (640, 480)
     assert (tmp_path / "run" / "best.pth").exists()
+
+
+def test_a_second_demo_leaves_the_first_ones_snapshots(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pth").write_text("an earlier one's")
+    learn.learn(tmp_path, 8, 2)
+    assert (tmp_path / "run" / "best.pth").read_text() == "an earlier one's"
+    assert (tmp_path / "run_2" / "best.pth").exists()
 
 
 def test_what_the_demo_cannot_read_is_named(tmp_path, capsys):
