@@ -396,10 +396,11 @@ def test_labels_that_cannot_be_read(tmp_path):
     write_picture(tmp_path / "rgb.png")
     write_labels(tmp_path / "a.png", range(54))
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:48])
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    found.valid[7] = False
+    Image.fromarray(np.array([[0, 255, 256], [7, 300, 300]], np.uint16)).save(tmp_path / "deep.png")
     for name, problem in (
-        ("rgb.png", r"labels must be one channel of eight bits \(Pillow's mode L or P\), got mode RGB"),
-        ("deep.png", "labels must be one channel of eight bits .* got mode I;16"),
+        ("rgb.png", "cannot be read as labels: must be one channel of whole numbers .*, got Pillow's mode RGB"),
+        ("deep.png", r"labels must be .*, got 7 \(1 pixels\), 256 \(1 pixels\), 300 \(2 pixels\)"),
         ("cut.png", "cannot be read as labels"),
         ("absent.png", "no such file"),
     ):
@@ -462,6 +463,7 @@ def test_check_dataset_of_what_is_well(tmp_path, capsys):
 @pytest.mark.parametrize("missing", ["cv2", "PIL", "tqdm"])
 def test_a_missing_extra_is_named_with_its_command(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "pspnet_fast.data.datasets")
+    for module in ("datasets", "layouts", "images"):
+        monkeypatch.delitem(sys.modules, f"pspnet_fast.data.{module}")
     with pytest.raises(ImportError, match=r"need OpenCV, Pillow and tqdm.*pip install 'pspnet_fast\[train\]'"):
         importlib.import_module("pspnet_fast.data.datasets")
