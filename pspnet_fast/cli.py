@@ -150,7 +150,7 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="averaged over, such as 0.5 1 1.5")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
     parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default 4)")
-    parser.add_argument("--max-pixels", type=int, default=2**27, help="of a picture, larger ones fail (default 2**27)")
+    parser.add_argument("--max-pixels", type=int, default=10**8, help="of a picture; larger ones fail (default 10**8)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
     )

@@ -200,6 +200,7 @@ class _Looked(NamedTuple):
     sample: Sample
     problems: list[str]
     pixels: np.ndarray  # of each class (256,), 255 ignored
+    turned: bool  # by EXIF
 
 
 def _look(sample: Sample, dataset: Dataset) -> _Looked:
@@ -218,12 +219,12 @@ def _look(sample: Sample, dataset: Dataset) -> _Looked:
                 pixels = np.bincount(read[-1].ravel(), minlength=256)
     if len(read) == 2 and read[0].shape[:2] != read[1].shape:
         found.append(_sizes_differ(sample, *read))
-    return _Looked(sample, found, pixels)
+    return _Looked(sample, found, pixels, sample.labels is not None and orientation(sample.image) != 1)
 
 
 def _say_turned(dataset: Dataset, looked: Iterable[_Looked]) -> None:
-    turned = [one.sample.image.name for one in looked if orientation(one.sample.image) != 1]
-    if turned and dataset.split != "test":
+    turned = [one.sample.image.name for one in looked if one.turned]
+    if turned:
         _LOG.warning(
             "%s %s: EXIF turns %s, whose pixels and labels are taken as they are stored",
             dataset.name,

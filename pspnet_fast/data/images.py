@@ -37,8 +37,8 @@ except ImportError as error:
 
 _LOG = logging.getLogger(__name__)
 
-MAX_PIXELS = 2**27
-"""Pixels that a picture may have where nothing else is said: 134 million, 400 MB in RGB."""
+MAX_PIXELS = 10**8
+"""Pixels that a picture may have where nothing else is said: 100 megapixels, 300 MB in RGB."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 """How pictures end that are looked for in a folder, in small letters."""
@@ -70,6 +70,8 @@ _STRANGERS = (
 
 # A marker of a JPEG: within the coded data a byte 255 is followed by 0 or by a restart marker, and may stand before others.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# First row and column, and the steps, of the passes of an interlaced PNG (section 8.2 of its specification).
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 _LOSSLESS_TIFF = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)  # none, CCITT, LZW, deflate, packbits, LZMA, Zstandard
 _ORIENTATION = 0x0112
 
@@ -112,7 +114,7 @@ def read_picture(
         path: a regular file of a format in PICTURES. The first picture of several is read, and that is said.
         error: what to raise.
         upright: turn it as its EXIF orientation says; False gives the pixels as they are stored.
-        max_pixels: height times width at most.
+        max_pixels: height times width at most. (Twice Pillow's MAX_IMAGE_PIXELS bounds TIFF, GIF and WebP, too.)
 
     Raises:
         error: no such file, no picture, a truncated one, one of more pixels, or one whose numbers have no known range.
@@ -120,7 +122,9 @@ def read_picture(
     with _reading(path, "a picture", error):
         data = _content(path, PICTURES, max_pixels)
         file, bits = _header(data, max_pixels)
-        turn = _turn(path, file) if upright or file.format == "TIFF" else 1
+        if file.format == "PNG":
+            _check_rows(file, data)
+        turn = _turn(path, file, data) if upright or file.format == "TIFF" else 1
         if getattr(file, "is_animated", False):
             _say(f"{path}: holds several pictures, the first is read")
         if file.format == "TIFF" and turn != 1:  # Pillow turns it
@@ -162,6 +166,8 @@ def read_indices(
             raise _RefusedError(
                 f"must be one channel of whole numbers or of a palette's indices, got Pillow's mode {file.mode}"
             )
+        if file.format == "PNG":
+            _check_rows(file, data)
         values: np.ndarray = np.array(file)
         if file.mode == "1":
             return values.astype(np.uint8)
@@ -173,7 +179,8 @@ def read_indices(
 def orientation(path: Path) -> int:
     """The EXIF orientation of a picture, 1 to 8; 1, as it is stored, where it says none or cannot be read."""
     try:
-        return _turn(path, _header(_content(path, PICTURES, MAX_PIXELS), MAX_PIXELS)[0])
+        data = _content(path, PICTURES, MAX_PIXELS)
+        return _turn(path, _header(data, MAX_PIXELS)[0], data)
     except Exception:  # whoever reads its pixels is told why
         return 1
 
@@ -272,6 +279,30 @@ def _header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
     return file, 8
 
 
+def _check_rows(file: ImageFile.ImageFile, data: bytes) -> None:
+    """Pillow takes the rows that a PNG lacks as 0, which is a class; looked for where the last row is 0."""
+    interlaced = data[28] != 0
+    width, height = file.size
+    file.load()
+    if not interlaced and np.asarray(file.crop((0, height - 1, width, height))).any():
+        return
+    bits = data[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[data[25]]
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(height - row) // down), -(-(width - column) // right)) for row, column, down, right in passes]
+    expected = sum(rows * (1 + -(-columns * bits // 8)) for rows, columns in sizes if columns > 0)
+    inflate, at, found = zlib.decompressobj(), 8, 0
+    while at < len(data) and not inflate.eof:
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"IDAT":
+            part = data[at + 8 : at + 8 + length]
+            while part and found < expected:
+                found += len(inflate.decompress(part, 2**20))
+                part = inflate.unconsumed_tail
+        at += 12 + length
+    if found < expected:
+        raise _RefusedError("the PNG has fewer pixels than its header says")
+
+
 def _check_bmp(file: ImageFile.ImageFile, bits: int) -> None:
     """Pillow reads black-and-white palettes by the number of their colours, whatever the bits of a pixel are."""
     code, _, _, arguments = file.tile[0]
@@ -296,9 +327,9 @@ def _check_label_tiff(file: ImageFile.ImageFile) -> None:
         raise _RefusedError("a TIFF file that its Orientation turns: turn its pixels")
 
 
-def _turn(path: Path, file: ImageFile.ImageFile) -> int:
-    if file.format == "PNG":
-        file.load()  # getexif() would, for a chunk behind the pixels; their errors are not EXIF's
+def _turn(path: Path, file: ImageFile.ImageFile, data: bytes) -> int:
+    if file.format == "PNG" and b"eXIf" not in data and b"Orientation" not in data:
+        return 1  # getexif() would decode the pixels, as such chunks may stand behind them
     try:
         found = file.getexif().get(_ORIENTATION, 1)
     except Exception as reason:  # of the picture itself nothing is wrong
