@@ -387,7 +387,7 @@ def _rgb(path: Path, file: ImageFile.ImageFile, bits: int) -> np.ndarray:
         transparent = int((np.asarray(picture.convert("RGBA"))[..., 3] < 255).sum())
         if transparent:
             _say(f"{path}: {transparent} pixels are transparent, they are read in the colours stored under them")
-    pixels = np.array(picture.convert("RGB"))
+    pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     if bits == 16:  # of which Pillow kept the upper eight
         _check_range(path, int(pixels.max()))
     return pixels
