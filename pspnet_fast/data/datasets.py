@@ -10,7 +10,7 @@ that a camera turned would otherwise lie across its labels; `predict`, which has
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def find_dataset(
     for one in looked:
         if one.problems:
             raise DatasetError(f"{name}: {one.problems[0]}")
-    _say_turned(dataset, looked)
+    _say_turned(dataset, [one.sample.image for one in looked if one.turned])
     if split != "test" and count <= FEW:
         _say_unseen_of_few(dataset)
     return dataset
@@ -222,14 +222,13 @@ def _look(sample: Sample, dataset: Dataset) -> _Looked:
     return _Looked(sample, found, pixels, sample.labels is not None and orientation(sample.image) != 1)
 
 
-def _say_turned(dataset: Dataset, looked: Iterable[_Looked]) -> None:
-    turned = [one.sample.image.name for one in looked if one.turned]
+def _say_turned(dataset: Dataset, turned: Sequence[Path]) -> None:
     if turned:
         _LOG.warning(
             "%s %s: EXIF turns %s, whose pixels and labels are taken as they are stored",
             dataset.name,
             dataset.split,
-            some(turned),
+            some([path.name for path in turned]),
         )
 
 
@@ -239,7 +238,7 @@ def _say_unseen(dataset: Dataset, pixels: np.ndarray, where: str) -> None:
     if not unseen:
         return
     hint = ""
-    if len(dataset.classes.names) <= FEW and pixels[IGNORED]:
+    if len(dataset.classes.names) <= FEW and pixels[IGNORED] and dataset.valid[IGNORED]:
         hint = ". Raw labels of 255 are ignored: a mask of 0 and 255 has to be written as 0 and 1"
     _LOG.warning(
         "%s %s: %d of %d classes never occur in %s: %s%s",
@@ -281,22 +280,27 @@ def check_dataset(dataset: Dataset, workers: int) -> None:
     pool = ThreadPoolExecutor(workers)  # threads, because the decoders work without Python's lock
     try:
         found = pool.map(lambda sample: _look(sample, dataset), dataset.samples)
-        looked = [*tqdm(found, f"{dataset.name} {dataset.split}", total=len(dataset.samples), unit="picture")]
+        problems: list[str] = []
+        turned: list[Path] = []
+        pixels = np.zeros(256, np.int64)
+        for one in tqdm(found, f"{dataset.name} {dataset.split}", total=len(dataset.samples), unit="picture"):
+            problems += one.problems
+            pixels += one.pixels
+            if one.turned:
+                turned.append(one.sample.image)
     finally:
         pool.shutdown(cancel_futures=True)  # interrupted, it does not read on
-    problems = [problem for one in looked for problem in one.problems]
     if problems:
         lines = problems[:LINES] + ([f"and {len(problems) - LINES} more"] if len(problems) > LINES else [])
         raise DatasetError("\n".join([f"{dataset.name}: {len(problems)} problems in split {dataset.split}:", *lines]))
-    _say_turned(dataset, looked)
+    _say_turned(dataset, turned)
     if dataset.split != "test":
-        _say_classes(dataset, looked)
+        _say_classes(dataset, pixels)
 
 
-def _say_classes(dataset: Dataset, looked: Sequence[_Looked]) -> None:
+def _say_classes(dataset: Dataset, pixels: np.ndarray) -> None:
     """Which classes occur: each one's share of the pixels where they are few enough for a line, else how many."""
     names = dataset.classes.names
-    pixels = np.sum([one.pixels for one in looked], axis=0)
     shares = [*names, "ignored"] if len(names) <= LINES else ["ignored"]
     parts = [
         f"{name} {100 * pixels[IGNORED if name == 'ignored' else k] / pixels.sum():.2f} %"
@@ -304,4 +308,4 @@ def _say_classes(dataset: Dataset, looked: Sequence[_Looked]) -> None:
     ]
     seen = np.count_nonzero(pixels[: len(names)])
     _LOG.info("%s %s: %d of %d classes occur: %s", dataset.name, dataset.split, seen, len(names), ", ".join(parts))
-    _say_unseen(dataset, pixels, f"all {len(looked)} label files")
+    _say_unseen(dataset, pixels, f"all {len(dataset.samples)} label files")

@@ -72,6 +72,7 @@ _STRANGERS = (
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # First row and column, and the steps, of the passes of an interlaced PNG (section 8.2 of its specification).
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+_SCANS = 500  # encoders write about ten; libjpeg-turbo's own fuzz tests stop there
 _LOSSLESS_TIFF = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)  # none, CCITT, LZW, deflate, packbits, LZMA, Zstandard
 _ORIENTATION = 0x0112
 
@@ -162,7 +163,7 @@ def read_indices(
             _check_label_tiff(file)
         if file.format == "GIF" and file.tile[0][1] != (0, 0, *file.size):
             raise _RefusedError("a GIF file whose picture does not fill it: the rest has no label")
-        if file.mode not in ("1", "L", "P") and not (file.mode[0] == "I" and bits in (16, 32)):
+        if file.mode not in ("1", "L", "P") and not (file.mode[0] == "I" and bits in (12, 16, 32)):
             raise _RefusedError(
                 f"must be one channel of whole numbers or of a palette's indices, got Pillow's mode {file.mode}"
             )
@@ -236,6 +237,8 @@ def _jpeg_end(data: bytes) -> int:
         if length < 2:
             raise _RefusedError("the JPEG is damaged or truncated")
         scans += marker == 0xDA
+        if scans > _SCANS:
+            raise _RefusedError(f"must have at most {_SCANS} scans: a progressive JPEG takes time for each")
         at += length
     raise _RefusedError("the JPEG is truncated")
 

@@ -256,11 +256,26 @@ def test_masks_of_0_and_255_are_said(tmp_path, caplog):
     )
 
 
+def test_255_is_not_blamed_where_it_is_no_label(tmp_path, caplog):
+    ade20k(tmp_path, values=(0, 1))
+    find_dataset("scenes", tmp_path, "train", classes=TWO)
+    assert caplog.messages == ["scenes train: 1 of 2 classes never occur in 3 label files of 3: 1 (lesion)"]
+
+
 def test_a_class_of_few_is_looked_for_until_it_is_seen(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(datasets, "LOOKED", 4)
     found = masks(tmp_path, [(0,)] * 9 + [(0, 1)])  # the last is among four of ten
     find_dataset("list", tmp_path, "train", **found)
     assert caplog.messages == []
+    write_labels(tmp_path / "0.png", [0, 1])
+    read = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            datasets, "read_labels", lambda path, dataset: read.append(path.name) or read_labels(path, dataset)
+        )
+        find_dataset("list", tmp_path, "train", **found)
+    assert read == ["0.png", "5.png", "9.png", "0.png"]  # what every dataset is looked at for, and one more
+    write_labels(tmp_path / "0.png", [0])
     write_labels(tmp_path / "9.png", [0])
     write_labels(tmp_path / "1.png", [0, 1])  # not looked at: 0, 3, 6, 9
     (tmp_path / "3.png").write_text("whoever trains on it names it")

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import socket
 import struct
 import threading
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from making import OddError, chunk, encoded, noise, png, tiff, write
 from PIL import Image, ImageFile
 
+from pspnet_fast.data import images
 from pspnet_fast.data.images import read_indices, read_picture
 
 
@@ -200,3 +203,19 @@ def test_files_larger_than_their_pixels_can_be_are_not_read(tmp_path):
         file.truncate(2**40)  # a hole: no disk is used
     with pytest.raises(OddError, match="must be smaller than its 100000000 pixels can be, got 1099511627776 bytes"):
         read_picture(path, OddError)
+
+
+def test_scans_of_a_jpeg_are_bounded(tmp_path):
+    whole = encoded(noise(16, 16), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last:-2]
+    assert read_picture(write(tmp_path, whole[:-2] + scan * 300 + whole[-2:]), OddError).shape == (16, 16, 3)
+    with pytest.raises(OddError, match="must have at most 500 scans"):
+        read_picture(write(tmp_path, whole[:-2] + scan * 600 + whole[-2:]), OddError)
+
+
+def test_files_are_opened_in_one_place():
+    """Elsewhere nothing decodes a picture; charts read back what Matplotlib drew, as PNG."""
+    folder = Path(images.__file__).parents[1]
+    opening = re.compile(r"Image\.open\((?!drawn, formats=\(\"PNG\",\)\))|imread|imdecode|ImageFile\.Parser")
+    assert [path.name for path in sorted(folder.rglob("*.py")) if opening.search(path.read_text())] == ["images.py"]

@@ -80,6 +80,14 @@ def test_names_with_spaces_and_quotes_in_a_list(tmp_path, line, names):
     assert alone.samples == (Sample(tmp_path / "p" / names[0], None),) * 2
 
 
+def test_apostrophes_are_no_quotes(tmp_path):
+    write_picture(tmp_path / "'s.jpg")
+    write_labels(tmp_path / "'t.png", (0, 1, 2))
+    (tmp_path / "list.txt").write_text("'s.jpg 't.png\n")
+    found = find_dataset("list", tmp_path, "train", list_file=tmp_path / "list.txt", classes=THREE)
+    assert found.samples == (Sample(tmp_path / "'s.jpg", tmp_path / "'t.png"),)
+
+
 def test_names_with_spaces_are_explained(tmp_path):
     path = listed(tmp_path, "p/my dog.jpg l/my dog.png\n")
     with pytest.raises(DatasetError, match=r"got 4 columns \(names with spaces stand in quotes, or have tabs"):
