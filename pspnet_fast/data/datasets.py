@@ -5,6 +5,8 @@ converted first. What is missing is said before training starts; `check_dataset`
 
 Labels are drawn on the pixels as they are stored: EXIF orientation is ignored for their pictures, and that is said. (A picture
 that a camera turned would otherwise lie across its labels; `predict`, which has no labels, turns it upright.)
+
+Past 300 lines, because what is checked when a dataset is found, read or gone through is one list of sentences.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ try:
     import cv2
     from tqdm import tqdm
 
-    from .images import orientation, read_indices, read_picture
+    from .images import MAX_PIXELS, orientation, read_indices, read_picture
     from .layouts import DatasetError as DatasetError
     from .layouts import Sample as Sample
     from .layouts import cityscapes, listed, scene_parsing, some, voc2012
@@ -38,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 IGNORED = 255
 NAMES = ("ade20k", "scenes", "voc2012", "cityscapes", "list")
 LINES = 20  # problems in a report
+LARGEST = 2 * MAX_PIXELS  # pixels: a satellite's scenes are larger than the pictures that strangers send
 FEW = 3  # classes, of which each should be seen in
 LOOKED = 100  # label files
 
@@ -144,7 +147,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         DatasetError: no such file, no picture, a truncated one, or one whose numbers have no known range.
     """
-    return read_picture(path, DatasetError)
+    return read_picture(path, DatasetError, max_pixels=LARGEST)
 
 
 def read_labels(path: Path, dataset: Dataset) -> np.ndarray:
@@ -154,7 +157,7 @@ def read_labels(path: Path, dataset: Dataset) -> np.ndarray:
         DatasetError: no such file, a format that does not keep numbers, several channels, truncated (`images.read_indices`),
             or labels that the dataset does not have: file, values, and how many pixels of each.
     """
-    raw = read_indices(path, DatasetError)
+    raw = read_indices(path, DatasetError, max_pixels=LARGEST)
     small = raw.astype(np.uint8)
     if (small.dtype != raw.dtype and (small != raw).any()) or cv2.LUT(small, (~dataset.valid).astype(np.uint8)).any():
         values, counts = np.unique(raw, return_counts=True)
@@ -186,7 +189,7 @@ def read_sample(sample: Sample, dataset: Dataset) -> tuple[np.ndarray, np.ndarra
 def _sizes_differ(sample: Sample, image: np.ndarray, labels: np.ndarray) -> str:
     (height, width), (rows, columns) = image.shape[:2], labels.shape
     turned = ""
-    if (height, width) == (columns, rows) and orientation(sample.image) > 4:
+    if (height, width) == (columns, rows) and orientation(sample.image, max_pixels=LARGEST) > 4:
         turned = (
             ": the picture's EXIF orientation turns it by 90 degrees, and its pixels are taken as they are stored. "
             "Turn these (as ImageOps.exif_transpose of Pillow does), or the labels back"
@@ -219,7 +222,8 @@ def _look(sample: Sample, dataset: Dataset) -> _Looked:
                 pixels = np.bincount(read[-1].ravel(), minlength=256)
     if len(read) == 2 and read[0].shape[:2] != read[1].shape:
         found.append(_sizes_differ(sample, *read))
-    return _Looked(sample, found, pixels, sample.labels is not None and orientation(sample.image) != 1)
+    turned = sample.labels is not None and orientation(sample.image, max_pixels=LARGEST) != 1
+    return _Looked(sample, found, pixels, turned)
 
 
 def _say_turned(dataset: Dataset, turned: Sequence[Path]) -> None:

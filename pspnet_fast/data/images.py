@@ -6,6 +6,8 @@ Pillow's `open` tries all that it has, and one of them runs Ghostscript.
 
 What a file does not say is refused, or assumed with a word (a warning, once a file): the range of 16-bit pixels, transparency,
 further frames.
+
+Past 300 lines, because what a format leaves unsaid is decided beside its reader, for pictures and labels together.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ def read_picture(
     """A picture in RGB, uint8 (H, W, 3).
 
     OpenCV, where it is installed, decodes the commonest JPEGs, as it is the faster; Pillow all else. (Data changed in the
-    middle of a JPEG are seen by no decoder: the format has no checksum.)
+    middle of a JPEG may be seen by no decoder: the format has no checksum.)
 
     Args:
         path: a regular file of a format in PICTURES. The first picture of several is read, and that is said.
@@ -177,11 +179,11 @@ def read_indices(
         return values
 
 
-def orientation(path: Path) -> int:
+def orientation(path: Path, *, max_pixels: int = MAX_PIXELS) -> int:
     """The EXIF orientation of a picture, 1 to 8; 1, as it is stored, where it says none or cannot be read."""
     try:
-        data = _content(path, PICTURES, MAX_PIXELS)
-        return _turn(path, _header(data, MAX_PIXELS)[0], data)
+        data = _content(path, PICTURES, max_pixels)
+        return _turn(path, _header(data, max_pixels)[0], data)
     except Exception:  # whoever reads its pixels is told why
         return 1
 

@@ -256,6 +256,22 @@ def test_masks_of_0_and_255_are_said(tmp_path, caplog):
     )
 
 
+def test_data_may_be_larger_than_pictures_to_predict(tmp_path, monkeypatch):
+    ade20k(tmp_path)
+    found = find_dataset("ade20k", tmp_path, "train")
+    for bound, fits in ((HEIGHT * WIDTH, True), (HEIGHT * WIDTH - 1, False)):
+        monkeypatch.setattr(datasets, "LARGEST", bound)
+        for path, reader in (
+            (found.samples[0].image, read_image),
+            (found.samples[0].labels, lambda p: read_labels(p, found)),
+        ):
+            if fits:
+                assert reader(path).shape[:2] == (HEIGHT, WIDTH)
+            else:
+                with pytest.raises(DatasetError, match="must have at most 53 pixels .*, got 9x6"):
+                    reader(path)
+
+
 def test_255_is_not_blamed_where_it_is_no_label(tmp_path, caplog):
     ade20k(tmp_path, values=(0, 1))
     find_dataset("scenes", tmp_path, "train", classes=TWO)
