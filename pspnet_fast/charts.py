@@ -81,7 +81,7 @@ def learning_curve(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[i
 def _drawn(figure: Figure) -> Image.Image:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    return Image.open(drawn).convert("RGB")
+    return Image.open(drawn, formats=("PNG",)).convert("RGB")
 
 
 def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

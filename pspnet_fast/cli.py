@@ -179,6 +179,7 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="averaged over, such as 0.5 1 1.5")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
     parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default 4)")
+    parser.add_argument("--max-pixels", type=int, default=10**8, help="of a picture; larger ones fail (default 10**8)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
     )
@@ -205,7 +206,7 @@ def _predict(args: argparse.Namespace) -> int:
         return 2
     if args.random_weights:
         print("pspnet-fast predict: the network is untrained, its labels mean nothing", file=sys.stderr)
-    failed = predict.predict_files(net, paths, args.output, classes, protocol)
+    failed = predict.predict_files(net, paths, args.output, classes, protocol, args.max_pixels)
     for sentence in failed:
         print(f"pspnet-fast predict: {sentence}", file=sys.stderr)
     print(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
@@ -238,7 +239,12 @@ def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None
 
 
 def _check_predict_arguments(args: argparse.Namespace) -> None:
-    for name, value in (("crop", args.crop), ("base-size", args.base_size), ("batch-size", args.batch_size)):
+    for name, value in (
+        ("crop", args.crop),
+        ("base-size", args.base_size),
+        ("batch-size", args.batch_size),
+        ("max-pixels", args.max_pixels),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if min(args.scales) <= 0:

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .data import images
 from .data.classes import Classes
+from .data.images import MAX_PIXELS
 from .data.normalisation import MEAN, STD
 from .files import replacing
 from .functional import upsample_argmax, upsample_softmax_add
@@ -30,12 +32,12 @@ from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
 
 try:
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    from PIL import Image, ImageDraw, ImageFont
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"predict needs Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
 
-PICTURES = (".jpg", ".jpeg", ".png")
+PICTURES = images.SUFFIXES
 BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
 
 Kind = Literal["semseg", "caffe"]
@@ -242,22 +244,9 @@ def predict_labels(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> 
     return torch.cat([_rows(scales, rows, height, width).argmax(0) for rows in bands])
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture in RGB, turned as its EXIF orientation says. PictureError names a file that is none, or is cut short."""
-    if path.is_dir():
-        raise PictureError(f"{path}: is a directory, not a picture")
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-            if picture.mode == "F":
-                raise ValueError("floating-point pixels, of no known range")
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path}: cannot be read as a picture: {error}") from error
+    return Image.fromarray(images.read_picture(path, PictureError, upright=True, max_pixels=max_pixels))
 
 
 def to_pixels(picture: Image.Image, device: torch.device) -> torch.Tensor:
@@ -313,9 +302,11 @@ def outputs(path: Path, folder: Path) -> dict[str, Path]:
     return {kind: folder / f"{path.stem}_{kind}.png" for kind in ("labels", "colour", "overlay")}
 
 
-def predict_file(net: nn.Module, path: Path, folder: Path, classes: Classes, protocol: Protocol) -> None:
+def predict_file(
+    net: nn.Module, path: Path, folder: Path, classes: Classes, protocol: Protocol, max_pixels: int = MAX_PIXELS
+) -> None:
     """Read a picture, predict it, and write labels, colours and overlay into `folder`."""
-    picture = read_picture(path)
+    picture = read_picture(path, max_pixels)
     device = next(net.parameters()).device
     labels = predict_labels(net, to_pixels(picture, device), protocol).to(torch.uint8).cpu()
     made = {
@@ -384,13 +375,18 @@ def make_folder(folder: Path) -> None:
 
 
 def predict_files(
-    net: nn.Module, paths: Sequence[Path], folder: Path, classes: Classes, protocol: Protocol
+    net: nn.Module,
+    paths: Sequence[Path],
+    folder: Path,
+    classes: Classes,
+    protocol: Protocol,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[PictureError]:
     """`predict_file` for each, with a progress bar where there are several. Returns what failed; the rest is done."""
     failed = []
     for path in tqdm(paths, unit="picture", disable=len(paths) < 2):
         try:
-            predict_file(net, path, folder, classes, protocol)
+            predict_file(net, path, folder, classes, protocol, max_pixels)
         except PictureError as error:
             failed.append(error)
     return failed

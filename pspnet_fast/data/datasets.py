@@ -3,14 +3,15 @@
 Every dataset is found in the layout it is shipped in, and its raw labels become classes on reading, so that nothing has to be
 converted first. What is missing is said before training starts; `check_dataset` reads every file.
 
-Labels are drawn on the pixels as they are stored: EXIF orientation is ignored for their pictures. (A picture that a camera
-turned would otherwise lie across its labels; `predict`, which has no labels, turns it upright.)
+Labels are drawn on the pixels as they are stored: EXIF orientation is ignored for their pictures, and that is said. (A picture
+that a camera turned would otherwise lie across its labels; `predict`, which has no labels, turns it upright.)
 
-Past 300 lines, because four layouts, each with its own errors, are read side by side.
+Past 300 lines, because what is checked when a dataset is found, read or gone through is one list of sentences.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,34 +24,31 @@ from .classes import CLASSES, Classes
 
 try:
     import cv2
-    from PIL import Image
     from tqdm import tqdm
+
+    from .images import MAX_PIXELS, orientation, read_indices, read_picture
+    from .layouts import DatasetError as DatasetError
+    from .layouts import Sample as Sample
+    from .layouts import cityscapes, listed, scene_parsing, some, voc2012
 except ImportError as error:
     raise ImportError(
         f"the datasets need OpenCV, Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'"
     ) from error
 
+_LOG = logging.getLogger(__name__)
+
 IGNORED = 255
 NAMES = ("ade20k", "scenes", "voc2012", "cityscapes", "list")
-SHOWN = 3  # names in a sentence
 LINES = 20  # problems in a report
+LARGEST = 2 * MAX_PIXELS  # pixels: a satellite's scenes are larger than the pictures that strangers send
+FEW = 3  # classes, of which each should be seen in
+LOOKED = 100  # label files
 
 # Cityscapes' trainIds by labelId, 0 to 33 (cityscapesScripts, helpers/labels.py); void classes are ignored.
 TRAIN_IDS = (
     *(255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255),
     *(5, 255, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18),
 )
-
-
-class DatasetError(ValueError):
-    """A dataset, or a file of it, that is not as it must be; the message names it."""
-
-
-class Sample(NamedTuple):
-    """A picture, and the file of its labels where it has one."""
-
-    image: Path
-    labels: Path | None
 
 
 class Dataset(NamedTuple):
@@ -80,6 +78,9 @@ def find_dataset(
 ) -> Dataset:
     """Find a dataset's files, and check that they belong together; the first, middle and last sample are read.
 
+    A picture among these that EXIF turns is named in a warning. Where classes are few, up to 100 label files are
+    looked at, and a class that occurs in none is named.
+
     Args:
         name: "ade20k" (SceneParse150; `root` is ADEChallengeData2016 or the folder that holds it), "scenes" (the same layout),
             "voc2012" (`root` is VOCdevkit, VOC2012, or the folder that holds either; training takes the augmented list and
@@ -88,7 +89,8 @@ def find_dataset(
         root: a folder.
         split: "train", "val", or "test", which has pictures only (voc2012, cityscapes and list files).
         list_file: semseg's format instead of a layout: a line has the paths of a picture and of its labels, which are 0 to
-            K - 1 and 255 for ignored, both seen from `root`. In split "test" it has the picture alone.
+            K - 1 and 255 for ignored, both seen from `root`. In split "test" it has the picture alone. Paths with spaces
+            stand in quotes, or a tab stands between the two. UTF-8, with or without a byte-order mark.
         classes: the class table, where it is not the dataset's own; "list" needs it.
 
     Raises:
@@ -109,22 +111,25 @@ def find_dataset(
         raise DatasetError(f"{name}: expected a folder at {root}, there is none")
     raw = {**{k: k for k in range(count)}, IGNORED: IGNORED}
     if list_file is not None:
-        samples, source = _listed(name, root, split, list_file), str(list_file)
+        samples, source = listed(name, root, split, list_file), str(list_file)
     elif name == "voc2012":
-        samples, source = _voc2012(root, split)
+        samples, source = voc2012(root, split)
     elif name == "cityscapes":
-        samples, source, ids = _cityscapes(root, split)
+        samples, source, ids = cityscapes(root, split)
         raw = {**dict(enumerate(TRAIN_IDS)), IGNORED: IGNORED} if ids else raw  # 255 is the id -1 in eight bits
     else:
-        samples, source = _scene_parsing(name, root, split)
+        samples, source = scene_parsing(name, root, split)
         raw = {0: IGNORED, **{k + 1: k for k in range(count)}}
     table, valid = np.full(256, IGNORED, np.uint8), np.zeros(256, bool)
     table[list(raw)], valid[list(raw)] = list(raw.values()), True
     dataset = Dataset(name, split, classes, tuple(samples), table, valid, f"{len(samples)} pictures of {source}")
-    for i in sorted({0, len(samples) // 2, len(samples) - 1}):
-        problems = _problems(samples[i], dataset)
-        if problems:
-            raise DatasetError(f"{name}: {problems[0]}")
+    looked = [_look(samples[i], dataset) for i in sorted({0, len(samples) // 2, len(samples) - 1})]
+    for one in looked:
+        if one.problems:
+            raise DatasetError(f"{name}: {one.problems[0]}")
+    _say_turned(dataset, [one.sample.image for one in looked if one.turned])
+    if split != "test" and count <= FEW:
+        _say_unseen_of_few(dataset)
     return dataset
 
 
@@ -136,195 +141,33 @@ def _classes_of(name: str) -> Classes:
     return CLASSES[name]
 
 
-def _folder(name: str, what: str, folder: Path, root: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    there = sorted(path.name for path in root.iterdir() if path.is_dir())
-    below = f"there are: {_some(there, 8)}" if there else "there are no folders"
-    raise DatasetError(f"{name}: expected {what} in {folder}, there is no such folder; below {root} {below}")
-
-
-def _some(names: Sequence[str], shown: int = SHOWN) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
-
-
-def _with_suffix(name: str, what: str, folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The files of a folder by what precedes the suffix, sorted; a DatasetError where there is none."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in suffixes if path.name.endswith(suffix)), None)
-        if suffix is None:
-            continue
-        key = path.name.removesuffix(suffix)
-        if key in found:
-            raise DatasetError(
-                f"{name}: expected one file {key} of {what} in {folder}, got {found[key].name}, {path.name}"
-            )
-        found[key] = path
-    if not found:
-        raise DatasetError(f"{name}: expected {what} in {folder}, there is no file *{' or *'.join(suffixes)}")
-    return found
-
-
-def _pairs(name: str, images: dict[str, Path], labels: dict[str, Path], labels_at: Path) -> list[Sample]:
-    """Pictures and labels of the same key."""
-    alone = [key for key in images if key not in labels]
-    unseen = [key for key in labels if key not in images]
-    problems = []
-    if alone:
-        problems.append(f"{len(alone)} of {len(images)} pictures have no labels in {labels_at}: {_some(alone)}")
-    if unseen:
-        problems.append(f"{len(unseen)} of {len(labels)} label files in {labels_at} have no picture: {_some(unseen)}")
-    if problems:
-        raise DatasetError(f"{name}: {'; '.join(problems)}")
-    return [Sample(image, labels[key]) for key, image in images.items()]
-
-
-def _scene_parsing(name: str, root: Path, split: str) -> tuple[list[Sample], str]:
-    """SceneParse150: images/training/*.jpg and annotations/training/*.png."""
-    if split == "test":
-        raise DatasetError(f"{name}: has the splits train and val, got test; name its pictures in a list file")
-    inner = root / "ADEChallengeData2016"
-    root = inner if inner.is_dir() else root
-    part = {"train": "training", "val": "validation"}[split]
-    at = [
-        _folder(name, what, root / kind / part, root)
-        for what, kind in (("pictures", "images"), ("labels", "annotations"))
-    ]
-    images = _with_suffix(name, "pictures", at[0], (".jpg", ".png"))
-    return _pairs(name, images, _with_suffix(name, "labels", at[1], (".png",)), at[1]), str(at[0])
-
-
-def _voc2012(root: Path, split: str) -> tuple[list[Sample], str]:
-    """The development kit: JPEGImages, SegmentationClass and the lists in ImageSets/Segmentation."""
-    name = "voc2012"
-    places = (root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
-    base = next((place for place in places if (place / "JPEGImages").is_dir()), root)
-    pictures = _folder(name, "pictures", base / "JPEGImages", base)
-    lists = _folder(name, "lists of pictures", base / "ImageSets" / "Segmentation", base)
-    labels, names = base / "SegmentationClass", lists / f"{split}.txt"
-    augmented = base / "SegmentationClassAug", lists / "trainaug.txt"
-    if split == "train" and augmented[0].is_dir() and augmented[1].is_file():
-        labels, names = augmented
-    if not names.is_file():
-        raise DatasetError(f"{name}: expected the list of pictures {names}, there is no such file")
-    keys = names.read_text().split()
-    if not keys:
-        raise DatasetError(f"{name}: expected names of pictures in {names}, it is empty")
-    images = _listed_in(name, "pictures", keys, pictures, ".jpg", names)
-    if split == "test":
-        return [Sample(image, None) for image in images], str(names)
-    marked = _listed_in(name, "labels", keys, _folder(name, "labels", labels, base), ".png", names)
-    return [Sample(*pair) for pair in zip(images, marked, strict=True)], f"{names}, labels of {labels.name}"
-
-
-def _listed_in(name: str, what: str, keys: Sequence[str], folder: Path, suffix: str, names: Path) -> list[Path]:
-    there = {path.name for path in folder.iterdir()}
-    missing = [f"{key}{suffix}" for key in keys if f"{key}{suffix}" not in there]
-    if missing:
-        raise DatasetError(
-            f"{name}: expected the {what} of {names} in {folder}, {len(missing)} of {len(keys)} are missing: {_some(missing)}"
-        )
-    return [folder / f"{key}{suffix}" for key in keys]
-
-
-def _cityscapes(root: Path, split: str) -> tuple[list[Sample], str, bool]:
-    """leftImg8bit and gtFine, a folder for each city; the third value tells labelIds from labelTrainIds."""
-    name = "cityscapes"
-    pictures = _folder(name, "pictures", root / "leftImg8bit" / split, root)
-    images = _by_city(pictures, "_leftImg8bit.png")
-    if not images:
-        raise DatasetError(f"{name}: expected pictures in {pictures}, there is no file CITY/*_leftImg8bit.png")
-    if split == "test":
-        return [Sample(image, None) for image in images.values()], str(pictures), True
-    folder = _folder(name, "labels", root / "gtFine" / split, root)
-    ids, train_ids = (_by_city(folder, f"_gtFine_{kind}.png") for kind in ("labelIds", "labelTrainIds"))
-    if not ids and not train_ids:
-        raise DatasetError(f"{name}: expected labels in {folder}, there is no file CITY/*_gtFine_labelIds.png")
-    # labelIds are shipped and mean the same everywhere: where they are complete nobody's conversion has to be trusted.
-    takes_ids = len(ids.keys() & images.keys()) >= len(train_ids.keys() & images.keys())
-    source = f"{pictures}, {'labelIds' if takes_ids else 'labelTrainIds'}"
-    return _pairs(name, images, ids if takes_ids else train_ids, folder), source, takes_ids
-
-
-def _by_city(folder: Path, suffix: str) -> dict[str, Path]:
-    found = sorted(folder.glob(f"*/*{suffix}"))
-    return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in found}
-
-
-def _listed(name: str, root: Path, split: str, list_file: Path) -> list[Sample]:
-    """The samples of semseg's list file."""
-    try:
-        lines = list_file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{name}: expected a list of pictures at {list_file}: {error}") from None
-    columns = 1 if split == "test" else 2
-    samples = []
-    for i, line in enumerate(lines, 1):
-        paths = line.split()
-        if not paths:
-            continue
-        if len(paths) != columns:
-            expected = "a picture" if columns == 1 else "a picture and its labels"
-            raise DatasetError(f"{name}: {list_file}, line {i}: expected {expected}, got {len(paths)} columns")
-        samples.append(Sample(root / paths[0], root / paths[1] if columns == 2 else None))
-    if not samples:
-        raise DatasetError(f"{name}: expected pictures in {list_file}, it is empty")
-    missing = [str(path) for sample in samples for path in sample if path is not None and not path.is_file()]
-    if missing:
-        raise DatasetError(f"{name}: {len(missing)} files of {list_file} are missing: {_some(missing)}")
-    return samples
-
-
 def read_image(path: Path) -> np.ndarray:
-    """A picture in RGB, uint8 (H, W, 3), as it is stored: EXIF orientation is not applied.
-
-    OpenCV decodes a JPEG in a third of Pillow's time, but makes a truncated one a picture whose lower part is grey. A whole
-    one has an end marker after the marker of its last scan, and neither can occur within the data: that is looked for.
-    (Data changed in the middle of a JPEG are seen by no decoder: the format has no checksum.)
+    """A picture in RGB, uint8 (H, W, 3), as it is stored: EXIF orientation is not applied (`images.read_picture`).
 
     Raises:
-        DatasetError: no such file, no picture, or a truncated one.
+        DatasetError: no such file, no picture, a truncated one, or one whose numbers have no known range.
     """
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
-            raise ValueError("the JPEG is truncated")
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is None:
-            raise ValueError("OpenCV finds another format, or one that is damaged")
-        return image
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file") from None
-    except cv2.error as error:
-        raise DatasetError(f"{path}: cannot be read as a picture: {error.err}") from error
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read as a picture: {error}") from error
+    return read_picture(path, DatasetError, max_pixels=LARGEST)
 
 
 def read_labels(path: Path, dataset: Dataset) -> np.ndarray:
     """Classes of the pixels, uint8 (H, W); 255 is ignored. A palette's colours do not matter, its indices are the labels.
 
     Raises:
-        DatasetError: no such file, not one channel of eight bits, truncated, or labels that the dataset does not have:
-            file, values, and how many pixels of each.
+        DatasetError: no such file, a format that does not keep numbers, several channels, truncated (`images.read_indices`),
+            or labels that the dataset does not have: file, values, and how many pixels of each.
     """
-    try:
-        with Image.open(path) as file:
-            raw = np.array(file)
-            mode = file.mode
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot be read as labels: {error}") from error
-    if mode not in ("L", "P"):
-        raise DatasetError(f"{path}: labels must be one channel of eight bits (Pillow's mode L or P), got mode {mode}")
-    if cv2.LUT(raw, (~dataset.valid).astype(np.uint8)).any():
-        counts = np.bincount(raw.ravel(), minlength=256)
-        wrong = [f"{value} ({counts[value]} pixels)" for value in np.flatnonzero((counts > 0) & ~dataset.valid)]
-        raise DatasetError(f"{path}: labels must be {_ranges(dataset.valid)}, got {_some(wrong)}")
-    return cv2.LUT(raw, dataset.table)
+    raw = read_indices(path, DatasetError, max_pixels=LARGEST)
+    small = raw.astype(np.uint8)
+    if (small.dtype != raw.dtype and (small != raw).any()) or cv2.LUT(small, (~dataset.valid).astype(np.uint8)).any():
+        values, counts = np.unique(raw, return_counts=True)
+        wrong = [
+            f"{value} ({count} pixels)"
+            for value, count in zip(values, counts, strict=True)
+            if not (0 <= value < 256 and dataset.valid[value])
+        ]
+        raise DatasetError(f"{path}: labels must be {_ranges(dataset.valid)}, got {some(wrong)}")
+    return cv2.LUT(small, dataset.table)
 
 
 def _ranges(valid: np.ndarray) -> str:
@@ -345,26 +188,93 @@ def read_sample(sample: Sample, dataset: Dataset) -> tuple[np.ndarray, np.ndarra
 
 def _sizes_differ(sample: Sample, image: np.ndarray, labels: np.ndarray) -> str:
     (height, width), (rows, columns) = image.shape[:2], labels.shape
-    return f"{sample.labels}: labels must be as large as {sample.image}, {width}x{height}, got {columns}x{rows}"
+    turned = ""
+    if (height, width) == (columns, rows) and orientation(sample.image, max_pixels=LARGEST) > 4:
+        turned = (
+            ": the picture's EXIF orientation turns it by 90 degrees, and its pixels are taken as they are stored. "
+            "Turn these (as ImageOps.exif_transpose of Pillow does), or the labels back"
+        )
+    return f"{sample.labels}: labels must be as large as {sample.image}, {width}x{height}, got {columns}x{rows}{turned}"
 
 
-def _problems(sample: Sample, dataset: Dataset) -> list[str]:
+class _Looked(NamedTuple):
+    """What was found in a sample."""
+
+    sample: Sample
+    problems: list[str]
+    pixels: np.ndarray  # of each class (256,), 255 ignored
+    turned: bool  # by EXIF
+
+
+def _look(sample: Sample, dataset: Dataset) -> _Looked:
     """All that is wrong with a sample: picture and labels are looked at even where the other cannot be read."""
     found: list[str] = []
     read: list[np.ndarray] = []
+    pixels = np.zeros(256, np.int64)
     for path, reader in ((sample.image, read_image), (sample.labels, partial(read_labels, dataset=dataset))):
         try:
             if path is not None:
                 read.append(reader(path))
         except DatasetError as error:
             found.append(str(error))
+        else:
+            if path is not None and path is sample.labels:
+                pixels = np.bincount(read[-1].ravel(), minlength=256)
     if len(read) == 2 and read[0].shape[:2] != read[1].shape:
         found.append(_sizes_differ(sample, *read))
-    return found
+    turned = sample.labels is not None and orientation(sample.image, max_pixels=LARGEST) != 1
+    return _Looked(sample, found, pixels, turned)
+
+
+def _say_turned(dataset: Dataset, turned: Sequence[Path]) -> None:
+    if turned:
+        _LOG.warning(
+            "%s %s: EXIF turns %s, whose pixels and labels are taken as they are stored",
+            dataset.name,
+            dataset.split,
+            some([path.name for path in turned]),
+        )
+
+
+def _say_unseen(dataset: Dataset, pixels: np.ndarray, where: str) -> None:
+    """Name the classes of which there is no pixel."""
+    unseen = [f"{k} ({name})" for k, name in enumerate(dataset.classes.names) if pixels[k] == 0]
+    if not unseen:
+        return
+    hint = ""
+    if len(dataset.classes.names) <= FEW and pixels[IGNORED] and dataset.valid[IGNORED]:
+        hint = ". Raw labels of 255 are ignored: a mask of 0 and 255 has to be written as 0 and 1"
+    _LOG.warning(
+        "%s %s: %d of %d classes never occur in %s: %s%s",
+        dataset.name,
+        dataset.split,
+        len(unseen),
+        len(dataset.classes.names),
+        where,
+        some(unseen, 8),
+        hint,
+    )
+
+
+def _say_unseen_of_few(dataset: Dataset) -> None:
+    """Look at labels, from all over the dataset, until every class was seen; say which was not."""
+    count = len(dataset.samples)
+    pixels, looked = np.zeros(256, np.int64), 0
+    for i in np.unique(np.linspace(0, count - 1, min(count, LOOKED)).round().astype(int)):
+        sample = dataset.samples[i]
+        try:
+            assert sample.labels is not None
+            pixels += np.bincount(read_labels(sample.labels, dataset).ravel(), minlength=256)
+        except DatasetError:  # whoever trains on it names it, or skips it
+            continue
+        looked += 1
+        if pixels[: len(dataset.classes.names)].all():
+            return
+    _say_unseen(dataset, pixels, f"{looked} label files of {count}")
 
 
 def check_dataset(dataset: Dataset, workers: int) -> None:
-    """Read every file of the dataset, `workers` at a time, with a progress bar.
+    """Read every file of the dataset, `workers` at a time, with a progress bar, and log which classes occur.
 
     Raises:
         DatasetError: one for all problems, a line each, the first 20 of them.
@@ -373,11 +283,33 @@ def check_dataset(dataset: Dataset, workers: int) -> None:
         raise ValueError(f"check_dataset: workers must be at least 1, got {workers}")
     pool = ThreadPoolExecutor(workers)  # threads, because the decoders work without Python's lock
     try:
-        found = pool.map(lambda sample: _problems(sample, dataset), dataset.samples)
-        bar = tqdm(found, f"{dataset.name} {dataset.split}", total=len(dataset.samples), unit="picture")
-        problems = [problem for some in bar for problem in some]
+        found = pool.map(lambda sample: _look(sample, dataset), dataset.samples)
+        problems: list[str] = []
+        turned: list[Path] = []
+        pixels = np.zeros(256, np.int64)
+        for one in tqdm(found, f"{dataset.name} {dataset.split}", total=len(dataset.samples), unit="picture"):
+            problems += one.problems
+            pixels += one.pixels
+            if one.turned:
+                turned.append(one.sample.image)
     finally:
         pool.shutdown(cancel_futures=True)  # interrupted, it does not read on
     if problems:
         lines = problems[:LINES] + ([f"and {len(problems) - LINES} more"] if len(problems) > LINES else [])
         raise DatasetError("\n".join([f"{dataset.name}: {len(problems)} problems in split {dataset.split}:", *lines]))
+    _say_turned(dataset, turned)
+    if dataset.split != "test":
+        _say_classes(dataset, pixels)
+
+
+def _say_classes(dataset: Dataset, pixels: np.ndarray) -> None:
+    """Which classes occur: each one's share of the pixels where they are few enough for a line, else how many."""
+    names = dataset.classes.names
+    shares = [*names, "ignored"] if len(names) <= LINES else ["ignored"]
+    parts = [
+        f"{name} {100 * pixels[IGNORED if name == 'ignored' else k] / pixels.sum():.2f} %"
+        for k, name in enumerate(shares)
+    ]
+    seen = np.count_nonzero(pixels[: len(names)])
+    _LOG.info("%s %s: %d of %d classes occur: %s", dataset.name, dataset.split, seen, len(names), ", ".join(parts))
+    _say_unseen(dataset, pixels, f"all {len(dataset.samples)} label files")

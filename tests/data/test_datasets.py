@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from making import HEIGHT, THREE, WIDTH, ade20k, cityscapes, voc2012, write_labels, write_picture
 from PIL import Image
 
 from pspnet_fast.data import datasets
@@ -21,52 +22,6 @@ from pspnet_fast.data.datasets import (
     read_sample,
 )
 from pspnet_fast.data.scenes import SCENES
-
-HEIGHT, WIDTH = 6, 9
-THREE = Classes(("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
-
-
-def write_picture(path, size=(HEIGHT, WIDTH), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
-
-
-def write_labels(path, values, palette=False):
-    """Labels, row by row from `values`, repeated."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labels = np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH))
-    picture = Image.fromarray(labels)
-    if palette:
-        picture = Image.frombytes("P", (WIDTH, HEIGHT), labels.tobytes())
-        picture.putpalette([channel for colour in CLASSES["voc2012"].colours for channel in colour])
-    picture.save(path)
-    return labels
-
-
-def ade20k(root, part="training", names=("x1", "x2", "x3"), values=(0, 1, 150)):
-    for name in names:
-        write_picture(root / "images" / part / f"{name}.jpg")
-        write_labels(root / "annotations" / part / f"{name}.png", values)
-    return root
-
-
-def voc2012(root, names, values=(0, 20, 255), palette=True, folder="SegmentationClass", split="train"):
-    for name in names:
-        write_picture(root / "JPEGImages" / f"{name}.jpg")
-        write_labels(root / folder / f"{name}.png", values, palette)
-    lists = root / "ImageSets" / "Segmentation"
-    lists.mkdir(parents=True, exist_ok=True)
-    (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-
-
-def cityscapes(root, kinds=("labelIds",), split="train", values=None):
-    for name in ("bonn/bonn_000000_000019", "ulm/ulm_000001_000019"):
-        write_picture(root / "leftImg8bit" / split / f"{name}_leftImg8bit.png")
-        for kind in kinds:
-            default = range(34) if kind == "labelIds" else [*range(19), 255]
-            write_labels(root / "gtFine" / split / f"{name}_gtFine_{kind}.png", values or default)
 
 
 @pytest.mark.parametrize("parent", [False, True])
@@ -279,51 +234,120 @@ def test_cityscapes_test_pictures_have_no_labels(tmp_path):
         find_dataset("cityscapes", tmp_path, "val")
 
 
-def listed(root, text, values=(0, 2, 255)):
-    write_picture(root / "p" / "a.jpg")
-    write_labels(root / "l" / "a.png", values)
-    (root / "list.txt").write_text(text)
-    return root / "list.txt"
+TWO = Classes(("background", "lesion"), ((0, 0, 0), (255, 255, 255)))
 
 
-def test_list_files(tmp_path):
-    path = listed(tmp_path, "p/a.jpg l/a.png\n\np/a.jpg l/a.png\n")
-    found = find_dataset("list", tmp_path, "train", list_file=path, classes=THREE)
-    assert found.samples == (Sample(tmp_path / "p" / "a.jpg", tmp_path / "l" / "a.png"),) * 2
-    assert read_labels(found.samples[0].labels, found).ravel()[:3].tolist() == [0, 2, 255]
-    named = find_dataset("ade20k", tmp_path, "val", list_file=path)  # a list file of a named dataset: 0 is "wall"
-    assert named.classes == CLASSES["ade20k"]
-    assert read_labels(found.samples[0].labels, named).ravel()[:3].tolist() == [0, 2, 255]
-    listed(tmp_path, "p/a.jpg l/a.png", values=[3])
-    with pytest.raises(DatasetError, match=r"l/a\.png: labels must be 0 to 2 or 255, got 3 \(54 pixels\)"):
-        find_dataset("list", tmp_path, "train", list_file=path, classes=THREE)
+def masks(root, values):
+    """A list dataset of two classes, a mask for each of `values`."""
+    for i, some in enumerate(values):
+        write_picture(root / f"{i}.jpg")
+        write_labels(root / f"{i}.png", some)
+    (root / "list.txt").write_text("".join(f"{i}.jpg {i}.png\n" for i in range(len(values))))
+    return {"list_file": root / "list.txt", "classes": TWO}
 
 
-def test_list_files_of_a_test_split(tmp_path):
-    path = listed(tmp_path, "p/a.jpg\n")
-    found = find_dataset("list", tmp_path, "test", list_file=path, classes=THREE)
-    assert found.samples == (Sample(tmp_path / "p" / "a.jpg", None),)
+def test_masks_of_0_and_255_are_said(tmp_path, caplog):
+    found = masks(tmp_path, [(0, 255)] * 5)
+    find_dataset("list", tmp_path, "train", **found)
+    (sentence,) = caplog.messages
+    assert sentence == (
+        "list train: 1 of 2 classes never occur in 5 label files of 5: 1 (lesion). Raw labels of 255 are ignored: a mask of "
+        "0 and 255 has to be written as 0 and 1"
+    )
 
 
-@pytest.mark.parametrize(
-    ("text", "split", "problem"),
-    [
-        ("p/a.jpg l/a.png\np/a.jpg\n", "train", "line 2: expected a picture and its labels, got 1 columns"),
-        ("p/a.jpg l/a.png l/a.png\n", "val", "line 1: expected a picture and its labels, got 3 columns"),
-        ("p/a.jpg l/a.png\n", "test", "line 1: expected a picture, got 2 columns"),
-        ("\n", "train", r"expected pictures in .*list\.txt, it is empty"),
-        ("p/b.jpg l/b.png\n", "train", r"2 files of .*list\.txt are missing: .*p/b\.jpg, .*l/b\.png"),
-    ],
-)
-def test_list_files_that_do_not_fit(tmp_path, text, split, problem):
-    path = listed(tmp_path, text)
-    with pytest.raises(DatasetError, match=f"list: .*{problem}"):
-        find_dataset("list", tmp_path, split, list_file=path, classes=THREE)
+def test_data_may_be_larger_than_pictures_to_predict(tmp_path, monkeypatch):
+    ade20k(tmp_path)
+    found = find_dataset("ade20k", tmp_path, "train")
+    for bound, fits in ((HEIGHT * WIDTH, True), (HEIGHT * WIDTH - 1, False)):
+        monkeypatch.setattr(datasets, "LARGEST", bound)
+        for path, reader in (
+            (found.samples[0].image, read_image),
+            (found.samples[0].labels, lambda p: read_labels(p, found)),
+        ):
+            if fits:
+                assert reader(path).shape[:2] == (HEIGHT, WIDTH)
+            else:
+                with pytest.raises(DatasetError, match="must have at most 53 pixels .*, got 9x6"):
+                    reader(path)
 
 
-def test_a_list_file_that_is_not_there(tmp_path):
-    with pytest.raises(DatasetError, match=r"list: expected a list of pictures at .*absent\.txt: .*No such file"):
-        find_dataset("list", tmp_path, "train", list_file=tmp_path / "absent.txt", classes=THREE)
+def test_255_is_not_blamed_where_it_is_no_label(tmp_path, caplog):
+    ade20k(tmp_path, values=(0, 1))
+    find_dataset("scenes", tmp_path, "train", classes=TWO)
+    assert caplog.messages == ["scenes train: 1 of 2 classes never occur in 3 label files of 3: 1 (lesion)"]
+
+
+def test_a_class_of_few_is_looked_for_until_it_is_seen(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(datasets, "LOOKED", 4)
+    found = masks(tmp_path, [(0,)] * 9 + [(0, 1)])  # the last is among four of ten
+    find_dataset("list", tmp_path, "train", **found)
+    assert caplog.messages == []
+    write_labels(tmp_path / "0.png", [0, 1])
+    read = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            datasets, "read_labels", lambda path, dataset: read.append(path.name) or read_labels(path, dataset)
+        )
+        find_dataset("list", tmp_path, "train", **found)
+    assert read == ["0.png", "5.png", "9.png", "0.png"]  # what every dataset is looked at for, and one more
+    write_labels(tmp_path / "0.png", [0])
+    write_labels(tmp_path / "9.png", [0])
+    write_labels(tmp_path / "1.png", [0, 1])  # not looked at: 0, 3, 6, 9
+    (tmp_path / "3.png").write_text("whoever trains on it names it")
+    find_dataset("list", tmp_path, "train", **found)
+    assert caplog.messages == ["list train: 1 of 2 classes never occur in 3 label files of 10: 1 (lesion)"]
+    caplog.clear()
+    write_labels(tmp_path / "3.png", [0])
+    with caplog.at_level("INFO"):
+        check_dataset(find_dataset("list", tmp_path, "train", **found), 2)
+    assert caplog.messages[-1] == "list train: 2 of 2 classes occur: background 95.00 %, lesion 5.00 %, ignored 0.00 %"
+    assert not any("all 10 label files" in sentence for sentence in caplog.messages)
+
+
+def test_many_classes_are_not_looked_for_at_the_start(tmp_path, caplog):
+    ade20k(tmp_path, values=(0, 1, 150))
+    found = find_dataset("ade20k", tmp_path, "train")
+    assert caplog.messages == []
+    with caplog.at_level("INFO"):
+        check_dataset(found, 2)
+    assert caplog.messages == [
+        "ade20k train: 2 of 150 classes occur: ignored 33.33 %",
+        "ade20k train: 148 of 150 classes never occur in all 3 label files: 1 (building), 2 (sky), 3 (floor), 4 (tree), "
+        "5 (ceiling), 6 (road), 7 (bed), 8 (windowpane) and 140 more",
+    ]
+
+
+def turned_picture(path, turn, size=(HEIGHT, WIDTH)):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def test_upright_masks_of_pictures_that_exif_turns(tmp_path):
+    """Where the sides are swapped, EXIF is named, and only where EXIF swaps them."""
+    ade20k(tmp_path)
+    at = tmp_path / "images" / "training" / "x1.jpg"
+    for turn, named in ((6, True), (8, True), (3, False), (1, False)):
+        turned_picture(at, turn, (WIDTH, HEIGHT))
+        with pytest.raises(
+            DatasetError, match=r"x1\.png: labels must be as large as .*x1\.jpg, 6x9, got 9x6"
+        ) as caught:
+            find_dataset("ade20k", tmp_path, "train")
+        assert ("EXIF orientation turns it by 90 degrees" in str(caught.value)) == named
+
+
+def test_pictures_that_exif_turns_are_said(tmp_path, caplog):
+    """The sizes fit: nothing but EXIF tells that the labels may be drawn upright."""
+    ade20k(tmp_path)
+    turned_picture(tmp_path / "images" / "training" / "x3.jpg", 3)
+    found = find_dataset("ade20k", tmp_path, "train")
+    sentence = "ade20k train: EXIF turns x3.jpg, whose pixels and labels are taken as they are stored"
+    assert caplog.messages == [sentence]
+    caplog.clear()
+    check_dataset(found, 1)
+    assert caplog.messages[0] == sentence
 
 
 def test_arguments_that_do_not_fit(tmp_path):
@@ -396,10 +420,11 @@ def test_labels_that_cannot_be_read(tmp_path):
     write_picture(tmp_path / "rgb.png")
     write_labels(tmp_path / "a.png", range(54))
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:48])
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    found.valid[7] = False
+    Image.fromarray(np.array([[0, 255, 256], [7, 300, 300]], np.uint16)).save(tmp_path / "deep.png")
     for name, problem in (
-        ("rgb.png", r"labels must be one channel of eight bits \(Pillow's mode L or P\), got mode RGB"),
-        ("deep.png", "labels must be one channel of eight bits .* got mode I;16"),
+        ("rgb.png", "cannot be read as labels: must be one channel of whole numbers .*, got Pillow's mode RGB"),
+        ("deep.png", r"labels must be .*, got 7 \(1 pixels\), 256 \(1 pixels\), 300 \(2 pixels\)"),
         ("cut.png", "cannot be read as labels"),
         ("absent.png", "no such file"),
     ):
@@ -462,6 +487,7 @@ def test_check_dataset_of_what_is_well(tmp_path, capsys):
 @pytest.mark.parametrize("missing", ["cv2", "PIL", "tqdm"])
 def test_a_missing_extra_is_named_with_its_command(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "pspnet_fast.data.datasets")
+    for module in ("datasets", "layouts", "images"):
+        monkeypatch.delitem(sys.modules, f"pspnet_fast.data.{module}")
     with pytest.raises(ImportError, match=r"need OpenCV, Pillow and tqdm.*pip install 'pspnet_fast\[train\]'"):
         importlib.import_module("pspnet_fast.data.datasets")
