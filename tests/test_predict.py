@@ -356,7 +356,9 @@ def test_pictures_of_real_sizes(size, classes, protocol):
     assert_labels(predict_labels(net, pixels, protocol), expected, clear=1e-6, share=0.98)
 
 
-@pytest.mark.parametrize("protocol", [Protocol(batch_size=1), Protocol(crop=1500, base_size=None, batch_size=1)], ids=str)
+@pytest.mark.parametrize(
+    "protocol", [Protocol(batch_size=1), Protocol(crop=1500, base_size=None, batch_size=1)], ids=str
+)
 def test_a_photograph_of_twelve_megapixels(protocol):
     net, pixels = Shallow().eval(), smooth_picture(3000, 4000, cells=30)
     with torch.inference_mode():
