@@ -83,7 +83,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         words = "Evaluate a trained network by a recipe's protocol."
         recipe, settings = arguments.parse("pspnet-fast evaluate", argv, arguments.Evaluating, words)
         if settings.json is not None:
-            check_target(settings.json, sources=[settings.weights, *map(Path, argv[:1])])
+            lists = [path for path in (recipe.train_list, recipe.val_list) if path is not None]
+            check_target(settings.json, sources=[settings.weights, *map(Path, argv[:1]), *lists])
         protocol = config.protocol_of(recipe)._replace(batch_size=settings.windows)
         check_protocol(protocol, lambda name: "--windows" if name == "batch_size" else _option(name))
         net, recipe = config.trained_network(settings.weights, recipe)

@@ -273,7 +273,9 @@ def dataset_of(recipe: Recipe, split: str) -> Dataset:
         raise ConfigError("data is missing: --data FOLDER")
     count = len(recipe.class_table().names)
     if count > IGNORED:
-        raise ConfigError(f"classes of labelled data must be at most {IGNORED}, label {IGNORED} is ignored, got {count}")
+        raise ConfigError(
+            f"classes of labelled data must be at most {IGNORED}, label {IGNORED} is ignored, got {count}"
+        )
     list_file = recipe.train_list if split == "train" else recipe.val_list
     return find_dataset(recipe.dataset, recipe.data, split, list_file=list_file, classes=recipe.class_table())
 

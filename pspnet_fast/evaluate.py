@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,16 +215,7 @@ def evaluate(
             report(result)
     finally:
         if output is not None:
-            lowest = sorted((i for i in mious if not math.isnan(mious[i])), key=lambda i: (mious[i], i))[:WORST]
-            shown = {i: f"{n:02d}_{mious[i]:.3f}_{names[i]}.png" for n, i in enumerate(lowest, 1)}
-            for one in worst:
-                if one.number in shown:
-                    _save_comparison(one, dataset, output / "worst" / shown[one.number])
-            if rank == 0:
-                _write(result, output)
-                for path in (output / "worst").glob(EARLIER):
-                    if path.name not in shown.values():
-                        path.unlink()
+            _write(result, output, rank, dataset, worst, mious, names)
     if unwritten:
         raise PictureError(unwritten)
     return result
@@ -263,7 +254,29 @@ def _save_comparison(one: _Predicted, dataset: Dataset, path: Path) -> None:
     save(side_by_side([Image.fromarray(image), *(colour(labels, dataset.classes) for labels in maps)]), path)
 
 
-def _write(result: Evaluation, output: Path) -> None:
+def _write(
+    result: Evaluation,
+    output: Path,
+    rank: int,
+    dataset: Dataset,
+    worst: Sequence[_Predicted],
+    mious: Mapping[int, float],
+    names: Sequence[str],
+) -> None:
+    """The scores first, by the first process; then of the worst pictures those that this process has."""
+    lowest = sorted((i for i in mious if not math.isnan(mious[i])), key=lambda i: (mious[i], i))[:WORST]
+    shown = {i: f"{place:02d}_{mious[i]:.3f}_{names[i]}.png" for place, i in enumerate(lowest, 1)}
+    if rank == 0:
+        _write_scores(result, output)
+        for path in (output / "worst").glob(EARLIER):
+            if path.name not in shown.values():
+                path.unlink()
+    for one in worst:
+        if one.number in shown:
+            _save_comparison(one, dataset, output / "worst" / shown[one.number])
+
+
+def _write_scores(result: Evaluation, output: Path) -> None:
     from .charts import confusion_picture
 
     write_json(result, output / "results.json")

@@ -120,7 +120,9 @@ def windows(size: int, crop: int) -> list[int]:
 
 def network_input(pixels: torch.Tensor) -> torch.Tensor:
     """RGB from 0 to 255 (3, H, W), normalised by ImageNet's mean and standard deviation, in float32."""
-    mean, std = (torch.tensor(numbers, device=pixels.device)[:, None, None] for numbers in (MEAN, STD))
+    mean, std = (
+        torch.tensor(numbers, dtype=torch.float32, device=pixels.device)[:, None, None] for numbers in (MEAN, STD)
+    )
     return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 

@@ -461,3 +461,17 @@ def test_a_picture_that_the_network_fails_on_is_named(net, dataset, monkeypatch)
 def test_names_of_classes_are_shown_as_they_can_be():
     found = evaluation(("a\x1b[2J", "b\nc"), torch.tensor([[3, 1], [0, 1]]), "nan")
     assert table(found).splitlines()[1:3] == [r"a\x1b[2J  75.00  75.00", "b c       50.00 100.00"]
+
+
+def test_the_scores_are_written_before_the_pictures(net, dataset, tmp_path):
+    """A picture that cannot be written leaves the scores, and those of the earlier evaluation are gone."""
+    found = run(net, dataset, output=tmp_path)
+    (first, *_) = (tmp_path / "worst").iterdir()
+    first.unlink()
+    first.mkdir()
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "worst" / "01_0.111_earlier.png").touch()
+    with pytest.raises(PictureError, match=f"{first.name}: cannot be written"):
+        run(net, dataset, output=tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["mIoU"] == found.scores.miou
+    assert not (tmp_path / "worst" / "01_0.111_earlier.png").exists()

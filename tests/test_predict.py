@@ -11,19 +11,14 @@ from PIL import Image
 from torch import nn
 
 from pspnet_fast import PSPNet, testing
-from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.predict import (
     PROTOCOLS,
     PictureError,
     Protocol,
-    colour,
-    load_network,
-    overlay,
     predict_labels,
     predict_probabilities,
     read_picture,
-    save,
     scaled_size,
     windows,
 )
@@ -477,51 +472,3 @@ def test_files_that_are_no_pictures(tmp_path):
     for name in ("cut.jpg", "text.png", "empty.png", "absent.png", "."):
         with pytest.raises(PictureError, match=str(tmp_path / name).rstrip(".")):
             read_picture(tmp_path / name)
-
-
-def test_colours_and_legend():
-    classes = CLASSES["voc2012"]
-    labels = torch.zeros(120, 200, dtype=torch.uint8)
-    labels[:, 150:] = 15
-    picture = np.asarray(colour(labels, classes))
-    assert tuple(picture[0, 0]) == (0, 0, 0)
-    assert tuple(picture[0, 199]) == (192, 128, 128)
-    shown = overlay(Image.new("RGB", (200, 120), "white"), labels, classes)
-    assert shown.height == 120
-    assert shown.width > 250
-    legend = np.asarray(shown)[:, 200:].reshape(-1, 3)
-    assert (legend == (192, 128, 128)).all(1).sum() > 50  # the swatch of "person"
-    assert not (legend == classes.colours[2]).all(1).any()  # a class that is not there has none
-
-
-def test_what_is_no_class_is_white():
-    picture = np.asarray(colour(torch.tensor([[0, 255, 21]], dtype=torch.uint8), CLASSES["voc2012"]))
-    assert picture.tolist() == [[[0, 0, 0], [255, 255, 255], [255, 255, 255]]]
-
-
-def test_a_legend_longer_than_the_picture_says_how_many_are_left():
-    labels = torch.arange(150, dtype=torch.uint8).repeat_interleave(20).view(50, 60)
-    shown = overlay(Image.new("RGB", (60, 50), "white"), labels, CLASSES["ade20k"])
-    swatches = {tuple(c) for c in np.asarray(shown)[:, 60:].reshape(-1, 3)} & set(CLASSES["ade20k"].colours)
-    assert 2 <= len(swatches) < 10
-
-
-def test_save_leaves_no_part_behind(tmp_path):
-    save(Image.new("L", (4, 4)), tmp_path / "a.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(PictureError, match="absent.*cannot be written"):
-        save(Image.new("L", (4, 4)), tmp_path / "absent" / "a.png")
-
-
-def test_load_network(tmp_path):
-    state = PSPNet(layers=18, classes=21).state_dict()
-    torch.save({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "a.pth")
-    net = load_network(tmp_path / "a.pth", 18, 21)
-    assert not net.training
-    assert torch.equal(net.cls[4].weight, state["cls.4.weight"])
-    with pytest.raises(ValueError, match=r"a\.pth: has 21 classes, and the dataset 150"):
-        load_network(tmp_path / "a.pth", 18, 150)
-    with pytest.raises(ValueError, match="does not fit"):
-        load_network(tmp_path / "a.pth", 34, 21)
-    with pytest.raises(FileNotFoundError):
-        load_network(tmp_path / "b.pth", 18, 21)
