@@ -184,7 +184,11 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    """Exit status, of every process: 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start."""
+    """Exit status 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start.
+
+    Of several processes the first alone prints what failed, and ends with 1: torchrun stops the others when one ends so, and
+    must not stop the one that prints.
+    """
     try:
         from . import predict
         from .distributed import processes
@@ -206,10 +210,11 @@ def _predict(args: argparse.Namespace) -> int:
     except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
         say(f"pspnet-fast predict: {error}", sys.stderr)
         return 2
-    if ours.first:
-        for sentence in failed:
-            say(f"pspnet-fast predict: {sentence}", sys.stderr)
-        say(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
+    if not ours.first:
+        return 0
+    for sentence in failed:
+        say(f"pspnet-fast predict: {sentence}", sys.stderr)
+    say(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
     return 1 if failed else 0
 
 

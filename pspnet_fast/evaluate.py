@@ -132,7 +132,8 @@ def evaluate(
         RuntimeError: a picture that the network cannot be shown, as for want of memory, naming it.
         ValueError: an unknown convention, a protocol that cannot work, an empty dataset or one of more than 255 classes, a
             network in training mode or of more classes, processes without a group; `PictureError` where `output` cannot be
-            written, or would overwrite the dataset. What cannot be written any more after hours is raised at the end.
+            written, or would overwrite the dataset. What cannot be written any more after
+            hours is raised at the end, of several processes by the first.
         ImportError: matplotlib is not installed, and `output` given.
     """
     if absent not in ABSENT:
@@ -164,7 +165,7 @@ def evaluate(
     mious: dict[int, float] = {}
     skipped: dict[int, str] = {}
     worst: list[_Predicted] = []
-    unwritten = ""
+    unwritten: list[str] = []
     start = time.perf_counter()
     for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
         try:
@@ -187,13 +188,13 @@ def evaluate(
                 try:
                     _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
                 except PictureError as error:
-                    unwritten = f"{error}; no predictions were written after it"
+                    unwritten.append(f"{error}; no predictions were written after it")
             if not math.isnan(predicted.miou):
                 worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
+    parts: list[Any] = [None] * world_size
     if world_size > 1:
         matrix = matrix.cpu() if dist.get_backend() == dist.Backend.GLOO else matrix
         dist.all_reduce(matrix)
-        parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, (mious, skipped))
         for others, unread in parts:
             mious.update(others)
@@ -215,9 +216,15 @@ def evaluate(
             report(result)
     finally:
         if output is not None:
-            _write(result, output, rank, dataset, worst, mious, names)
+            try:
+                _write(result, output, rank, dataset, worst, mious, names)
+            except PictureError as error:
+                unwritten.append(str(error))
+    if world_size > 1:  # torchrun stops all processes when one fails: the first has reported and written before
+        dist.all_gather_object(parts, unwritten)
+        unwritten = [sentence for part in parts for sentence in part] if rank == 0 else []
     if unwritten:
-        raise PictureError(unwritten)
+        raise PictureError(unwritten[0])
     return result
 
 

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,35 @@ def test_two_processes_are_one(net, dataset, tmp_path, monkeypatch):
     for path, one in files.items():
         if path.name != "results.json":  # holds the time
             assert one.read_bytes() == (tmp_path / "out" / path).read_bytes(), path
+
+
+def _unwritable(rank, world_size, store, net, dataset, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+    def report(_):
+        time.sleep(1)  # in which a process that failed would long have ended
+        (folder / "reported").touch()
+
+    options = {"output": folder / "out", "predictions": True, "rank": rank, "world_size": world_size}
+    try:
+        run(net, dataset, report=report, **options)
+        ended = "well"
+    except PictureError as error:
+        ended = str(error)
+    (folder / f"ended.{rank}").write_text(f"{(folder / 'reported').exists()} {ended}")
+    dist.destroy_process_group()
+
+
+def test_what_one_process_cannot_write_the_first_one_says(net, dataset, tmp_path):
+    """The others end well, and after it has reported: torchrun stops all where one fails."""
+    (tmp_path / "out" / "predictions" / "p1_labels.png").mkdir(parents=True)  # of the second process
+    mp.start_processes(_unwritable, (2, tmp_path / "store", net, dataset, tmp_path), nprocs=2, start_method="fork")
+    first, second = ((tmp_path / f"ended.{rank}").read_text() for rank in range(2))
+    assert "p1_labels.png: cannot be written" in first
+    assert second == "True well"
+    assert {"results.json", "p0_labels.png", "p2_labels.png", "p4_labels.png"} < _files(tmp_path / "out")
+    assert "p3_labels.png" not in _files(tmp_path / "out")
 
 
 def test_files(net, dataset, tmp_path):
