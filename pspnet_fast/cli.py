@@ -12,10 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .data.classes import CLASSES, Classes
+from .files import check_target
 from .models.checkpoint import read_checkpoint
 from .models.pspnet import PSPNet
+from .protocol import BOUNDS, SCALES, Protocol, check_protocol
+from .terminal import say
 
 CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(f"\npspnet-fast{_command(argv)}: interrupted", file=sys.stderr)
+        say(f"\npspnet-fast{_command(argv)}: interrupted", sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What is still in the buffers would raise again when Python ends.
@@ -67,7 +71,7 @@ def _run(argv: Sequence[str]) -> int:
     export.add_arguments(commands.add_parser("export", help="a network as ONNX, torch.export or AOTInductor files"))
     _add_scenes_arguments(commands.add_parser("scenes", help="draw a dataset to try the rest on"))
     commands.add_parser("doctor", help="print versions, hardware and backends, for a bug report")
-    if [*argv[:1]] in (["train"], ["evaluate"]):  # recipes have a parser of their own
+    if argv and argv[0] in ("train", "evaluate"):  # recipes have a parser of their own
         return (_train if argv[0] == "train" else _evaluate)(argv[1:])
     args = parser.parse_args(argv)
     if args.command == "doctor":
@@ -98,7 +102,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    """Exit status 0; 2 where nothing could start or go on."""
+    """Exit status 0; 2 where nothing could start or go on, or what was found and printed cannot be written."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         from . import arguments, config, evaluate, placement
@@ -107,38 +111,54 @@ def _evaluate(argv: Sequence[str]) -> int:
 
         words = "Evaluate a trained network by a recipe's protocol."
         recipe, settings = arguments.parse("pspnet-fast evaluate", argv, arguments.Evaluating, words)
+        if settings.json is not None:
+            lists = [path for path in (recipe.train_list, recipe.val_list) if path is not None]
+            check_target(settings.json, sources=[settings.weights, *map(Path, argv[:1]), *lists])
+        protocol = config.protocol_of(recipe)._replace(batch_size=settings.windows)
+        check_protocol(protocol, lambda name: "--windows" if name == "batch_size" else _option(name))
         net, recipe = config.trained_network(settings.weights, recipe)
+        _check_channels(net, settings.weights)
         dataset = config.dataset_of(recipe, settings.split)
         dataset = dataset._replace(samples=dataset.samples[: settings.images])
         device = placement.device_of(settings.device)
+        found: list[evaluate.Evaluation] = []
+
+        def report(result: evaluate.Evaluation) -> None:
+            found.append(result)
+            for sentence in result.skipped:
+                say(f"pspnet-fast evaluate: skipped: {sentence}", sys.stderr)
+            say(evaluate.table(result))
+            sys.stdout.flush()
+
         with processes(device) as ours:
             if settings.check_data and ours.first:
                 check_dataset(dataset, 4)
             device = ours.device(device)
             net = placement.placed(net, device, settings.channels_last)
-            with placement.autocast(device, settings.precision):
-                result = evaluate.evaluate(
-                    net,
-                    dataset,
-                    config.protocol_of(recipe)._replace(batch_size=settings.windows),
-                    device=device,
-                    absent=recipe.absent,
-                    output=settings.output,
-                    predictions=settings.predictions,
-                    skip_corrupt=settings.skip_corrupt,
-                    progress=True,
-                    rank=ours.rank,
-                    world_size=ours.world_size,
-                )
-            if ours.first and settings.json is not None:
-                evaluate.write_json(result, settings.json)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"pspnet-fast evaluate: {error}", file=sys.stderr)
+            try:
+                with placement.autocast(device, settings.precision):
+                    evaluate.evaluate(
+                        net,
+                        dataset,
+                        protocol,
+                        device=device,
+                        absent=recipe.absent,
+                        output=settings.output,
+                        predictions=settings.predictions,
+                        skip_corrupt=settings.skip_corrupt,
+                        progress=True,
+                        rank=ours.rank,
+                        world_size=ours.world_size,
+                        report=report,
+                    )
+            finally:  # one file that cannot be written is no reason to lose the other
+                if found and settings.json is not None:
+                    evaluate.write_json(found[0], settings.json)
+    except BrokenPipeError:  # nobody reads the table: no sentence will be read, either
+        raise
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        say(f"pspnet-fast evaluate: {error}", sys.stderr)
         return 2
-    if ours.first:
-        for sentence in result.skipped:
-            print(f"pspnet-fast evaluate: skipped: {sentence}", file=sys.stderr)
-        print(evaluate.table(result))
     return 0
 
 
@@ -173,12 +193,20 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     dataset = f"names and colours of the classes (default ade20k{of_training})"
     parser.add_argument("--dataset", choices=sorted(CLASSES), help=dataset)
     parser.add_argument("--layers", type=int, default=50, help=f"depth of the ResNet (default 50{of_training})")
-    parser.add_argument("--crop", type=int, help="side of the sliding windows (default 473, cityscapes 713)")
+
+    def between(name: str) -> str:
+        return "from {} to {}".format(*BOUNDS[name])
+
+    crop = f"side of the sliding windows, {between('crop')} (default 473, cityscapes 713)"
+    parser.add_argument("--crop", type=int, help=crop)
     parser.add_argument("--whole", action="store_true", help="show whole pictures, at their own size, without windows")
-    parser.add_argument("--base-size", type=int, help="long side at scale 1 (default 512, cityscapes 2048)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="averaged over, such as 0.5 1 1.5")
+    base_size = f"long side at scale 1, {between('base_size')} (default 512, cityscapes 2048)"
+    parser.add_argument("--base-size", type=int, help=base_size)
+    scales = "averaged over, such as 0.5 1 1.5; from {:g} to {:g}".format(*SCALES)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help=scales)
     parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default 4)")
+    batch_size = f"windows at a time, {between('batch_size')} (default 4)"
+    parser.add_argument("--batch-size", type=int, default=4, help=batch_size)
     parser.add_argument("--max-pixels", type=int, default=10**8, help="of a picture; larger ones fail (default 10**8)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
@@ -186,31 +214,67 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    """Exit status 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start."""
+    """Exit status 0; 1 where pictures failed (named, the rest is done); 2 where nothing could start.
+
+    Of several processes the first alone prints what failed, and ends with 1: torchrun stops the others when one ends so, and
+    must not stop the one that prints.
+    """
     try:
         from . import predict
+        from .distributed import processes
 
         _check_predict_arguments(args)
-        paths = predict.pictures_of(args.pictures, args.output)
-        predict.make_folder(args.output)
-        net, classes, crop, base_size = _network(args)
-        protocol = predict.Protocol(
-            crop=None if args.whole else args.crop or crop,
-            base_size=args.base_size or (None if args.whole else base_size),
-            scales=tuple(args.scales),
-            flip=args.flip,
-            batch_size=args.batch_size,
-        )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"pspnet-fast predict: {error}", file=sys.stderr)
+        with processes(torch.device(args.device)) as ours:
+            args.device = ours.device(torch.device(args.device))
+            paths = predict.pictures_of(args.pictures, args.output)
+            predict.make_folder(args.output)
+            net, classes, crop, base_size = _network(args)
+            _check_channels(net, args.weights)
+            protocol = _protocol(args, args.crop or crop, base_size)
+            check_protocol(protocol, _option)
+            if args.random_weights and ours.first:
+                say("pspnet-fast predict: the network is untrained, its labels mean nothing", sys.stderr)
+            failed = predict.predict_files(
+                net,
+                paths,
+                args.output,
+                classes,
+                protocol,
+                args.max_pixels,
+                rank=ours.rank,
+                world_size=ours.world_size,
+            )
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        say(f"pspnet-fast predict: {error}", sys.stderr)
         return 2
-    if args.random_weights:
-        print("pspnet-fast predict: the network is untrained, its labels mean nothing", file=sys.stderr)
-    failed = predict.predict_files(net, paths, args.output, classes, protocol, args.max_pixels)
+    if not ours.first:
+        return 0
     for sentence in failed:
-        print(f"pspnet-fast predict: {sentence}", file=sys.stderr)
-    print(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
+        say(f"pspnet-fast predict: {sentence}", sys.stderr)
+    say(f"{len(paths) - len(failed)} of {len(paths)} pictures predicted, in {args.output}")
     return 1 if failed else 0
+
+
+def _protocol(args: argparse.Namespace, crop: int | None, base_size: int | None) -> Protocol:
+    return Protocol(
+        crop=None if args.whole else crop,
+        base_size=args.base_size or (None if args.whole else base_size),
+        scales=tuple(args.scales),
+        flip=args.flip,
+        batch_size=args.batch_size,
+    )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_channels(net: PSPNet, weights: Path | None) -> None:
+    """ValueError where the first convolution takes something else than red, green and blue."""
+    from . import predict
+
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    predict.check_channels(first.in_channels, str(weights))
 
 
 def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None]:
@@ -239,16 +303,11 @@ def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None
 
 
 def _check_predict_arguments(args: argparse.Namespace) -> None:
-    for name, value in (
-        ("crop", args.crop),
-        ("base-size", args.base_size),
-        ("batch-size", args.batch_size),
-        ("max-pixels", args.max_pixels),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if min(args.scales) <= 0:
-        raise ValueError(f"--scales must be positive, got {args.scales}")
+    """What can be said before anything is read."""
+    given = Protocol(args.crop, args.base_size, tuple(args.scales), batch_size=args.batch_size)
+    check_protocol(given, _option)
+    if args.max_pixels < 1:
+        raise ValueError(f"--max-pixels must be at least 1, got {args.max_pixels}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch {torch.__version__} finds no CUDA GPU here")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_type_hints
 
 from .data.classes import CLASSES, Classes
-from .data.datasets import Dataset, find_dataset
+from .data.datasets import IGNORED, Dataset, find_dataset
 from .data.scenes import SCENES
 from .data.transforms import Augmentation
 from .models.checkpoint import CheckpointError, read_checkpoint
@@ -23,7 +23,7 @@ from .models.resnet import Dilation, Stem
 from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.plain_ppm import Pooling
 from .nn.psp_head import Head
-from .predict import Protocol
+from .predict import DEEP_CLASSES, Protocol
 
 DatasetName = Literal["ade20k", "voc2012", "cityscapes", "scenes", "list"]
 
@@ -158,9 +158,12 @@ class Recipe:
         """Names and colours of the classes; with "list", numbers for names."""
         if self.dataset == "list":
             count = cast(int, self.classes)
-            if count > 255:
-                raise ConfigError(f"classes must be at most 255, label 255 is ignored, got {count}")
-            colours = tuple((37 * k % 256, 91 * k % 256, 151 * k % 256) for k in range(1, count + 1))
+            if count > DEEP_CLASSES:
+                raise ConfigError(f"classes must be at most {DEEP_CLASSES}, got {count}")
+            # No two are alike: red and green tell 256 classes of a block apart, and odd steps the blocks.
+            colours = tuple(
+                ((37 * k + 101 * (k // 256)) % 256, 91 * k % 256, 151 * k % 256) for k in range(1, count + 1)
+            )
             return Classes(tuple(str(k) for k in range(count)), colours)
         table = SCENES if self.dataset == "scenes" else CLASSES[self.dataset]
         if self.classes not in (None, len(table.names)):
@@ -268,6 +271,11 @@ def dataset_of(recipe: Recipe, split: str) -> Dataset:
     """
     if recipe.data is None:
         raise ConfigError("data is missing: --data FOLDER")
+    count = len(recipe.class_table().names)
+    if count > IGNORED:
+        raise ConfigError(
+            f"classes of labelled data must be at most {IGNORED}, label {IGNORED} is ignored, got {count}"
+        )
     list_file = recipe.train_list if split == "train" else recipe.val_list
     return find_dataset(recipe.dataset, recipe.data, split, list_file=list_file, classes=recipe.class_table())
 

@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .data.datasets import Dataset, DatasetError, Sample, read_sample
-from .files import replacing
+from .data.datasets import IGNORED, Dataset, DatasetError, Sample, read_sample
+from .files import check_target, replacing
 from .metrics import ABSENT, Absent, Scores, confusion_matrix, scores
-from .predict import PictureError, Protocol, colour, make_folder, predict_labels, save
+from .predict import PictureError, colour, make_folder, one_line, save, save_labels
+from .protocol import BAND, Protocol, check_protocol, predict_labels
+from .terminal import printable
 
 try:
     from PIL import Image
@@ -31,6 +33,8 @@ except ImportError as error:
     raise ImportError(f"evaluate needs Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'") from error
 
 WORST = 8  # pictures that are shown
+EARLIER = "[0-9][0-9]_[01].[0-9][0-9][0-9]_*.png"  # what they are called
+FILES = ("results.json", "per_class.csv", "confusion.png")
 LONG = 40  # rows of a table, above which it is set in three columns
 
 
@@ -99,6 +103,8 @@ def evaluate(
     progress: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    report: Callable[[Evaluation], None] | None = None,
+    band: int = BAND,
 ) -> Evaluation:
     """Predict every picture of a dataset and score the labels.
 
@@ -110,18 +116,24 @@ def evaluate(
         absent: what a class scores that does not occur: "zero", "nan" or "one".
         output: a folder for `results.json`, `per_class.csv`, `confusion.png`, and `worst/`: the 8 pictures of the lowest mIoU,
             each beside its prediction and its labels, named by place, mIoU and picture. Those of an earlier evaluation in
-            the same folder are removed.
+            the same folder are removed once the new ones are there.
         predictions: whether `output` gets `predictions/`, too: for every picture its labels (PNG, from 0 to K - 1), and the
             same in the dataset's colours.
         skip_corrupt: go on where a file cannot be read, and name it in the result.
         progress: show a bar.
         rank: this process's place among `world_size`, which are in one torch.distributed group (gloo or NCCL).
         world_size: processes that share the pictures: each takes every world_size-th.
+        report: called in the first process with what was found, before it is written: a disk that is full by then costs no
+            result.
+        band: see `predict_labels`.
 
     Raises:
         DatasetError: a picture or labels that cannot be read or do not fit, naming the file.
-        ValueError: an unknown convention, a protocol that cannot work, an empty dataset, a network in training mode or of more
-            classes, processes without a group; `PictureError` where `output` cannot be written.
+        RuntimeError: a picture that the network cannot be shown, as for want of memory, naming it.
+        ValueError: an unknown convention, a protocol that cannot work, an empty dataset or one of more than 255 classes, a
+            network in training mode or of more classes, processes without a group; `PictureError` where `output` cannot be
+            written, or would overwrite the dataset. What cannot be written any more after
+            hours is raised at the end, of several processes by the first.
         ImportError: matplotlib is not installed, and `output` given.
     """
     if absent not in ABSENT:
@@ -137,17 +149,23 @@ def evaluate(
             "evaluate: rank must be from 0 to world_size - 1, with torch.distributed initialised for more than one process, "
             f"got rank {rank} of {world_size}"
         )
+    count = len(dataset.classes.names)
+    if count > IGNORED:
+        raise ValueError(
+            f"evaluate: there must be at most {IGNORED} classes, as label {IGNORED} is ignored, got {count}"
+        )
+    check_protocol(protocol)
     if output is not None:
         from . import charts  # noqa: F401  matplotlib is missed now, not after hours
 
-        _prepare(output, predictions, rank)
+        _prepare(output, predictions, dataset)
 
-    count = len(dataset.classes.names)
     names = _file_names(dataset.samples)
     matrix = torch.zeros((count, count), dtype=torch.int64, device=device)
     mious: dict[int, float] = {}
     skipped: dict[int, str] = {}
     worst: list[_Predicted] = []
+    unwritten: list[str] = []
     start = time.perf_counter()
     for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
         try:
@@ -157,20 +175,26 @@ def evaluate(
                 raise
             skipped[i] = str(error)
             continue
-        labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol)
-        found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
+        try:
+            labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol, band=band)
+            found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
+        except (RuntimeError, MemoryError) as error:
+            raise RuntimeError(f"{dataset.samples[i].image}: cannot be evaluated: {one_line(error)}") from error
         matrix += found
         mious[i] = scores(found, "nan").miou
         if output is not None:
             predicted = _Predicted(i, mious[i], labels.to(torch.uint8).cpu())
-            if predictions:
-                _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
+            if predictions and not unwritten:
+                try:
+                    _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
+                except PictureError as error:
+                    unwritten.append(f"{error}; no predictions were written after it")
             if not math.isnan(predicted.miou):
                 worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
+    parts: list[Any] = [None] * world_size
     if world_size > 1:
         matrix = matrix.cpu() if dist.get_backend() == dist.Backend.GLOO else matrix
         dist.all_reduce(matrix)
-        parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, (mious, skipped))
         for others, unread in parts:
             mious.update(others)
@@ -187,24 +211,34 @@ def evaluate(
         tuple(skipped[i] for i in sorted(skipped)),
         time.perf_counter() - start,
     )
-    if output is not None:
-        lowest = sorted((i for i in mious if not math.isnan(mious[i])), key=lambda i: (mious[i], i))[:WORST]
-        for one in worst:
-            if one.number in lowest:
-                name = f"{lowest.index(one.number) + 1:02d}_{one.miou:.3f}_{names[one.number]}.png"
-                _save_comparison(one, dataset, output / "worst" / name)
-        if rank == 0:
-            _write(result, output)
+    try:
+        if report is not None and rank == 0:
+            report(result)
+    finally:
+        if output is not None:
+            try:
+                _write(result, output, rank, dataset, worst, mious, names)
+            except PictureError as error:
+                unwritten.append(str(error))
+    if world_size > 1:  # torchrun stops all processes when one fails: the first has reported and written before
+        dist.all_gather_object(parts, unwritten)
+        unwritten = [sentence for part in parts for sentence in part] if rank == 0 else []
+    if unwritten:
+        raise PictureError(unwritten[0])
     return result
 
 
-def _prepare(output: Path, predictions: bool, rank: int) -> None:
-    make_folder(output)
-    for name in ("worst", "predictions")[: 1 + predictions]:
-        make_folder(output / name)
-    if rank == 0:  # long before any process writes there
-        for path in (output / "worst").glob("[0-9][0-9]_[01].[0-9][0-9][0-9]_*.png"):
-            path.unlink()
+def _prepare(output: Path, predictions: bool, dataset: Dataset) -> None:
+    """Make the folders, and see that what will be written can be, and is nothing that the dataset holds."""
+    folders = [output / name for name in ("worst", "predictions")[: 1 + predictions]]
+    for folder in (output, *folders):
+        make_folder(folder)
+    ours = {(output / name).resolve() for name in FILES} | {folder.resolve() for folder in folders}
+    for path in (path.resolve() for sample in dataset.samples for path in sample if path is not None):
+        if path in ours or path.parent in ours:
+            raise PictureError(f"{output}: its results would overwrite {path}, which is read: give another folder")
+    for name in FILES:
+        check_target(output / name, PictureError)
 
 
 def _file_names(samples: Sequence[Sample]) -> list[str]:
@@ -214,7 +248,7 @@ def _file_names(samples: Sequence[Sample]) -> list[str]:
 
 
 def _save_prediction(labels: torch.Tensor, dataset: Dataset, path: Path) -> None:
-    save(Image.fromarray(labels.numpy()), path.with_name(f"{path.name}_labels.png"))
+    save_labels(labels, len(dataset.classes.names), path.with_name(f"{path.name}_labels.png"))
     save(colour(labels, dataset.classes), path.with_name(f"{path.name}_colour.png"))
 
 
@@ -227,7 +261,29 @@ def _save_comparison(one: _Predicted, dataset: Dataset, path: Path) -> None:
     save(side_by_side([Image.fromarray(image), *(colour(labels, dataset.classes) for labels in maps)]), path)
 
 
-def _write(result: Evaluation, output: Path) -> None:
+def _write(
+    result: Evaluation,
+    output: Path,
+    rank: int,
+    dataset: Dataset,
+    worst: Sequence[_Predicted],
+    mious: Mapping[int, float],
+    names: Sequence[str],
+) -> None:
+    """The scores first, by the first process; then of the worst pictures those that this process has."""
+    lowest = sorted((i for i in mious if not math.isnan(mious[i])), key=lambda i: (mious[i], i))[:WORST]
+    shown = {i: f"{place:02d}_{mious[i]:.3f}_{names[i]}.png" for place, i in enumerate(lowest, 1)}
+    if rank == 0:
+        _write_scores(result, output)
+        for path in (output / "worst").glob(EARLIER):
+            if path.name not in shown.values():
+                path.unlink()
+    for one in worst:
+        if one.number in shown:
+            _save_comparison(one, dataset, output / "worst" / shown[one.number])
+
+
+def _write_scores(result: Evaluation, output: Path) -> None:
     from .charts import confusion_picture
 
     write_json(result, output / "results.json")
@@ -279,7 +335,8 @@ def write_json(result: Evaluation, path: Path) -> None:
 
 def table(result: Evaluation) -> str:
     """The scores for people, in per cent: a row for every class, and the three means, with the conventions they depend on."""
-    width = max(len(name) for name in result.names)
+    names = [" ".join(printable(name).split()) for name in result.names]
+    width = max(len(name) for name in names)
 
     def cell(share: float) -> str:
         return "     -" if math.isnan(share) else f"{100 * share:6.2f}"
@@ -287,7 +344,7 @@ def table(result: Evaluation) -> str:
     rows = [f"{'class':{width}}    IoU    acc"]
     rows += [
         f"{name:{width}} {cell(iou)} {cell(acc)}"
-        for name, iou, acc in zip(result.names, result.scores.iou, result.scores.acc, strict=True)
+        for name, iou, acc in zip(names, result.scores.iou, result.scores.acc, strict=True)
     ]
     if len(result.names) > LONG:
         head, body = rows[0], rows[1:]

@@ -1,35 +1,35 @@
-"""Pictures to labels: sliding windows, multiple scales and flips by named protocols, and the files that are written.
+"""Files of pictures to files of labels: what `pspnet-fast predict` reads and writes.
 
-The protocol is that of semseg (hszhao/semseg, tool/test.py): the picture is resized so that its long side is
-scale * base_size, cut into windows of `crop` that overlap by a third, the softmax of all windows averaged, resized to the
-picture's size, and averaged over scales. Caffe's, that of the paper's own code, differs from it in three points (`Protocol`).
-Everything runs on the network's device. `pspnet-fast predict` is its command line.
-
-Past 300 lines, because reading, legend and writing serve the protocol only and are read beside it.
+How a picture becomes labels stands in `protocol.py`, whose names are here, too.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 
 from .data import images
 from .data.classes import Classes
 from .data.images import MAX_PIXELS
-from .data.normalisation import MEAN, STD
 from .files import replacing
-from .functional import upsample_argmax, upsample_softmax_add
-from .geometry import accumulation_dtype, bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
+from .protocol import BAND as BAND
+from .protocol import MULTIPLE_SCALES as MULTIPLE_SCALES
+from .protocol import PROTOCOLS as PROTOCOLS
+from .protocol import Protocol as Protocol
+from .protocol import network_input as network_input
+from .protocol import predict_labels as predict_labels
+from .protocol import predict_probabilities as predict_probabilities
+from .protocol import scaled_size as scaled_size
+from .protocol import windows as windows
 
 try:
     from PIL import Image, ImageDraw, ImageFont
@@ -38,210 +38,11 @@ except ImportError as error:
     raise ImportError(f"predict needs Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
 
 PICTURES = images.SUFFIXES
-BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
-
-Kind = Literal["semseg", "caffe"]
+BYTE_CLASSES, DEEP_CLASSES = 2**8, 2**16  # whose labels fit into 8 and 16 bits
 
 
 class PictureError(ValueError):
     """A file that is no picture, or one that cannot be written; the message names it."""
-
-
-class Protocol(NamedTuple):
-    """How a picture is shown to the network.
-
-    Attributes:
-        crop: side of the square windows, in pixels; None shows whole pictures.
-        base_size: length that the long side is resized to at scale 1; None keeps the picture's own.
-        scales: factors of base_size; the probabilities are averaged over them.
-        flip: whether the mirrored picture is shown, too.
-        batch_size: windows in one call of the network.
-        kind: "semseg" (hszhao/semseg, tool/test.py): long side round(scale * base_size), the mean on all sides of a picture
-            smaller than the window, the softmax of both directions averaged. "caffe" (hszhao/PSPNet, evaluation/eval_sub.m,
-            scale_process.m, caffe_process.m): a long side longer by 1, the mean at the bottom and on the right, the logits
-            of both directions summed (not averaged) before the softmax. Matlab's imresize, which smooths what it shrinks
-            and rounds pixels to whole numbers, is not restated: both kinds resize alike.
-    """
-
-    crop: int | None = 473
-    base_size: int | None = 512
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    batch_size: int = 4
-    kind: Kind = "semseg"
-
-
-# By name, as published for crops of 473; for another dataset: PROTOCOLS["caffe"]._replace(crop=713, base_size=2048).
-PROTOCOLS: Mapping[str, Protocol] = {
-    "semseg": Protocol(),
-    "caffe": Protocol(flip=True, kind="caffe"),
-    "whole": Protocol(crop=None, base_size=None, batch_size=1),
-}
-MULTIPLE_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of section 5 of the paper, with flips
-
-
-def _check_protocol(protocol: Protocol) -> None:
-    if protocol.kind not in get_args(Kind):
-        raise ValueError(f"Protocol: kind must be one of {', '.join(get_args(Kind))}, got {protocol.kind!r}")
-    for name in ("crop", "base_size", "batch_size"):
-        value = getattr(protocol, name)
-        if value is not None and value < 1:
-            raise ValueError(f"Protocol: {name} must be at least 1, got {value}")
-    if not protocol.scales or min(protocol.scales) <= 0:
-        raise ValueError(f"Protocol: scales must be positive, and one at least, got {protocol.scales}")
-
-
-def scaled_size(height: int, width: int, scale: float, protocol: Protocol) -> tuple[int, int]:
-    """Height and width that a picture is resized to at one scale."""
-    longest = max(height, width)
-    long_side = round(scale * (protocol.base_size or longest)) + (protocol.kind == "caffe")
-    rows, columns = (max(1, round(long_side / longest * side)) for side in (height, width))
-    return rows, columns
-
-
-def windows(size: int, crop: int) -> list[int]:
-    """First pixels of the windows along an axis of at least `crop` pixels: a stride of 2/3, the last one shifted back."""
-    stride = math.ceil(crop * 2 / 3)
-    count = math.ceil((size - crop) / stride) + 1
-    return [min(i * stride, size - crop) for i in range(count)]
-
-
-def network_input(pixels: torch.Tensor) -> torch.Tensor:
-    """RGB from 0 to 255 (3, H, W), normalised by ImageNet's mean and standard deviation."""
-    mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
-    return (pixels - mean) / std
-
-
-class _Batch(NamedTuple):
-    """Windows that the network saw at once."""
-
-    logits: torch.Tensor  # (M, K, h', w'), as coarse as they come
-    corners: list[tuple[int, int]]  # first row and column of each in the picture at its scale, negative in a border
-    flipped: bool
-
-
-class _Scale(NamedTuple):
-    """A picture at one scale, as far as the network is concerned."""
-
-    size: tuple[int, int]
-    window: tuple[int, int]
-    align_corners: bool
-    batches: list[_Batch]
-
-
-def _coarse_logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, net.coarse_logits(images) if isinstance(net, PSPNet) else net(images))
-
-
-def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[_Scale]:
-    """Show the picture to the network at every scale."""
-    if pixels.dim() != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
-        raise ValueError(f"predict: pixels must be (3, H, W), got {tuple(pixels.shape)}")
-    _check_protocol(protocol)
-    image = network_input(pixels.float())
-    caffe = protocol.kind == "caffe"
-    found = []
-    for scale in protocol.scales:
-        height, width = scaled_size(image.shape[1], image.shape[2], scale, protocol)
-        resized = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
-        window = (height, width) if protocol.crop is None else (protocol.crop, protocol.crop)
-        pad_h, pad_w = max(window[0] - height, 0), max(window[1] - width, 0)
-        top, left = (0, 0) if caffe else (pad_h // 2, pad_w // 2)
-        padded = F.pad(resized, (left, pad_w - left, top, pad_h - top))  # the mean, once normalised, is 0
-        rows, columns = (windows(n, crop) for n, crop in zip(padded.shape[1:], window, strict=True))
-        corners = [(h, w) for h in rows for w in columns]
-        batches = []
-        for start in range(0, len(corners), protocol.batch_size):
-            some = corners[start : start + protocol.batch_size]
-            crops = torch.stack([padded[:, h : h + window[0], w : w + window[1]] for h, w in some])
-            places = [(h - top, w - left) for h, w in some]
-            logits = _coarse_logits(net, crops)
-            mirrored = _coarse_logits(net, crops.flip(3)) if protocol.flip else None
-            if mirrored is not None and caffe:
-                # Upsampling is linear and its taps are symmetric: the sum may be taken of coarse logits, exact to rounding.
-                logits, mirrored = logits.to(accumulation_dtype(logits.dtype)) + mirrored.flip(3), None
-            batches.append(_Batch(logits, places, flipped=False))
-            if mirrored is not None:
-                batches.append(_Batch(mirrored, places, flipped=True))
-        align_corners = net.align_corners if isinstance(net, PSPNet) else False
-        found.append(_Scale((height, width), window, align_corners, batches))
-    return found
-
-
-def _probabilities(scale: _Scale, first: int, last: int) -> torch.Tensor:
-    """Rows [first, last) of (K, H, W) at the scale's size: the mean over the windows that hold a pixel."""
-    logits, width = scale.batches[0].logits, scale.size[1]
-    total = logits.new_zeros((logits.shape[1], last - first, width), dtype=torch.float32)
-    count = total.new_zeros(total.shape[1:])
-    for batch in scale.batches:
-        corners = [(top - first, left) for top, left in batch.corners]
-        upsample_softmax_add(total, batch.logits, corners, scale.window, scale.align_corners, batch.flipped)
-        for top, left in corners:
-            rows, columns = (slice(max(a, 0), max(a + n, 0)) for a, n in zip((top, left), scale.window, strict=True))
-            count[rows, columns] += 1
-    return total.div_(count)
-
-
-def _rows(scales: Sequence[_Scale], rows: range, height: int, width: int) -> torch.Tensor:
-    """Some rows (K, rows, W) of the mean over scales, each resized to (H, W) bilinearly with half-pixel centres."""
-    total = None
-    for scale in scales:
-        lower, upper, numerator, denominator = zip(
-            *(bilinear_tap(i, height, scale.size[0], align_corners=False) for i in rows), strict=True
-        )
-        first = lower[0]
-        one = _probabilities(scale, first, upper[-1] + 1)
-        if scale.size != (height, width):
-            share = one.new_tensor(numerator) / one.new_tensor(denominator)
-            above, below = ([i - first for i in ends] for ends in (lower, upper))
-            one = torch.lerp(one[:, above], one[:, below], share[:, None])
-            one = F.interpolate(one[None], (len(rows), width), mode="bilinear", align_corners=False)[0]
-        total = one if total is None else total.add_(one)
-    assert total is not None
-    return total / len(scales) if len(scales) > 1 else total
-
-
-@torch.inference_mode()
-def predict_probabilities(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """Class probabilities of one picture.
-
-    Args:
-        net: in evaluation mode, a PSPNet, or any module from (N, 3, h, w) to logits (N, K, h', w'), which are upsampled to
-            (h, w) with half-pixel centres where they are coarser.
-        pixels: RGB from 0 to 255, (3, H, W), uint8 or floating point, on the network's device.
-        protocol: windows, scales and flips.
-
-    Returns:
-        (K, H, W), float32, summing to 1 over K.
-
-    Raises:
-        ValueError: pixels of another shape, or a protocol that cannot work.
-    """
-    scales = _by_scale(net, pixels, protocol)
-    height, width = pixels.shape[1:]
-    return _rows(scales, range(height), height, width)
-
-
-@torch.inference_mode()
-def predict_labels(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """`predict_probabilities(...).argmax(0)`, (H, W), int64.
-
-    The windows' logits are kept as coarse as the network gives them. Their probabilities are made and added up in bands of
-    rows: a photograph's, whole, would be gigabytes. Where one window is the whole picture, not even these are made.
-    """
-    scales = _by_scale(net, pixels, protocol)
-    height, width = pixels.shape[1:]
-    if len(scales) == 1 and scales[0].size == (height, width) and len(scales[0].batches) == 1:
-        scale = scales[0]
-        (batch,) = scale.batches
-        if len(batch.corners) == 1:
-            ((top, left),) = batch.corners
-            labels = upsample_argmax(batch.logits, scale.window, scale.align_corners, dtype=torch.int64)
-            labels = cast(torch.Tensor, labels)[0]
-            return labels[-top : height - top, -left : width - left]
-    step = max(1, BAND // (scales[0].batches[0].logits.shape[1] * width))
-    bands = (range(start, min(start + step, height)) for start in range(0, height, step))
-    return torch.cat([_rows(scales, rows, height, width).argmax(0) for rows in bands])
 
 
 def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -255,10 +56,11 @@ def to_pixels(picture: Image.Image, device: torch.device) -> torch.Tensor:
 
 
 def colour(labels: torch.Tensor, classes: Classes) -> Image.Image:
-    """Labels (H, W) from 0 to 255 as a picture in the dataset's colours; white where a label, such as 255, is no class."""
-    palette = torch.full((256, 3), 255, dtype=torch.uint8)
-    palette[: len(classes.colours)] = torch.tensor(classes.colours, dtype=torch.uint8)
-    return Image.fromarray(palette[labels.cpu().long()].numpy())
+    """Labels (H, W) as a picture in the dataset's colours; white where a label, such as 255 of fewer classes, is none."""
+    found = labels.cpu().numpy()
+    palette = np.full((max(256, len(classes.colours), int(found.max(initial=0)) + 1), 3), 255, np.uint8)
+    palette[: len(classes.colours)] = classes.colours
+    return Image.fromarray(palette[found])
 
 
 def overlay(picture: Image.Image, labels: torch.Tensor, classes: Classes) -> Image.Image:
@@ -297,6 +99,16 @@ def save(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
+def save_labels(labels: torch.Tensor, classes: int, path: Path) -> None:
+    """Labels (H, W) on the CPU as a grey PNG whose values they are: of 8 bits for up to 256 classes, else of 16.
+
+    ValueError where 16 bits do not hold them. PictureError where it cannot be written.
+    """
+    if classes > DEEP_CLASSES:
+        raise ValueError(f"labels: there must be at most {DEEP_CLASSES} classes in a PNG, got {classes}")
+    save(Image.fromarray(labels.numpy().astype(np.uint8 if classes <= BYTE_CLASSES else np.uint16)), path)
+
+
 def outputs(path: Path, folder: Path) -> dict[str, Path]:
     """Where the three pictures of an input go."""
     return {kind: folder / f"{path.stem}_{kind}.png" for kind in ("labels", "colour", "overlay")}
@@ -308,14 +120,11 @@ def predict_file(
     """Read a picture, predict it, and write labels, colours and overlay into `folder`."""
     picture = read_picture(path, max_pixels)
     device = next(net.parameters()).device
-    labels = predict_labels(net, to_pixels(picture, device), protocol).to(torch.uint8).cpu()
-    made = {
-        "labels": Image.fromarray(labels.numpy()),
-        "colour": colour(labels, classes),
-        "overlay": overlay(picture, labels, classes),
-    }
-    for kind, target in outputs(path, folder).items():
-        save(made[kind], target)
+    labels = predict_labels(net, to_pixels(picture, device), protocol).to(torch.int32).cpu()
+    to = outputs(path, folder)
+    save_labels(labels, len(classes.names), to["labels"])
+    save(colour(labels, classes), to["colour"])
+    save(overlay(picture, labels, classes), to["overlay"])
 
 
 def load_network(weights: Path | None, layers: int, classes: int, state: Mapping[str, Any] | None = None) -> PSPNet:
@@ -329,21 +138,35 @@ def load_network(weights: Path | None, layers: int, classes: int, state: Mapping
 
     Raises:
         OSError: no such file.
-        ValueError: a checkpoint of other classes, or (`CheckpointError`) one that does not fit.
+        ValueError: a checkpoint of other classes or channels, or (`CheckpointError`) one that does not fit.
     """
     if weights is None:
         return PSPNet(layers=layers, classes=classes).eval()
     state = read_checkpoint(weights) if state is None else state
     net = PSPNet(layers=layers, classes=classes, aux=False)
-    head = bare_state_dict(state).get("cls.4.weight")
+    bare = bare_state_dict(state)
+    if "layer0.0.weight" in bare:
+        check_channels(bare["layer0.0.weight"].shape[1], str(weights))
+    head = bare.get("cls.4.weight")
     if head is not None and head.shape[0] != classes:
         raise ValueError(f"{weights}: has {head.shape[0]} classes, and the dataset {classes}: choose its --dataset")
     net.load_state_dict(state)
     return net.eval()
 
 
+def check_channels(channels: int, source: str) -> None:
+    """ValueError where a network takes something else than pictures in red, green and blue."""
+    if channels != 3:
+        raise ValueError(f"{source}: the network must take 3 channels, pictures are read in RGB, got one of {channels}")
+
+
 def pictures_of(arguments: Sequence[Path], folder: Path) -> list[Path]:
-    """The files to predict: a directory stands for its pictures, sorted."""
+    """The files to predict: a directory stands for its pictures, sorted.
+
+    Raises:
+        PictureError: a directory without pictures, two pictures whose results would have one name, or a result that would
+            overwrite a picture. OSError: a directory that cannot be read.
+    """
     found: list[Path] = []
     for argument in arguments:
         if not argument.is_dir():
@@ -353,12 +176,16 @@ def pictures_of(arguments: Sequence[Path], folder: Path) -> list[Path]:
         if not inside:
             raise PictureError(f"{argument}: holds no picture ({', '.join(PICTURES)})")
         found += inside
+    # Every path is resolved once: ten thousand pictures must not wait for a hundred million look-ups.
+    target_folder = folder.resolve()
+    read = {path.resolve() for path in found}
+    read |= {path.parent.resolve() / path.name for path in found if path.is_symlink()}
     written: dict[Path, Path] = {}
     for path in found:
-        for target in outputs(path.resolve(), folder.resolve()).values():
+        for target in outputs(path, target_folder).values():
             if target in written:
                 raise PictureError(f"{path} and {written[target]}: both would be written to {target}")
-            if any(target == other.resolve() for other in found):
+            if target in read:
                 raise PictureError(f"{path}: its result {target} would overwrite a picture to predict")
             written[target] = path
     return found
@@ -374,6 +201,14 @@ def make_folder(folder: Path) -> None:
         raise PictureError(f"{folder}: cannot be written into: {error.strerror or error}") from error
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in a line: its kind where it says nothing, and that memory is what was missing."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
+        return f"out of memory: {words}"
+    return words
+
+
 def predict_files(
     net: nn.Module,
     paths: Sequence[Path],
@@ -381,12 +216,43 @@ def predict_files(
     classes: Classes,
     protocol: Protocol,
     max_pixels: int = MAX_PIXELS,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[PictureError]:
-    """`predict_file` for each, with a progress bar where there are several. Returns what failed; the rest is done."""
-    failed = []
-    for path in tqdm(paths, unit="picture", disable=len(paths) < 2):
+    """`predict_file` for each, with a progress bar where there are several. Whatever fails with one, the rest is done.
+
+    Args:
+        net: as for `predict_labels`.
+        paths: the pictures; the same in every process.
+        folder: for the results.
+        classes: names and colours.
+        protocol: windows, scales and flips.
+        max_pixels: height times width of a picture at most; larger ones fail.
+        rank: this process's place among `world_size`, which are in one torch.distributed group (gloo or NCCL).
+        world_size: processes that share the pictures: each takes every world_size-th.
+
+    Returns:
+        What failed in any process, in the order of the pictures, each naming its own.
+
+    Raises:
+        ValueError: processes of other pictures.
+    """
+    if world_size > 1:  # and nobody writes into a folder that another still lists
+        counts: list[Any] = [None] * world_size
+        dist.all_gather_object(counts, len(paths))
+        if len({*counts}) > 1:
+            raise ValueError(f"predict: all processes must have the same pictures, got {counts} of them")
+    failed: dict[int, str] = {}
+    for i in tqdm(range(rank, len(paths), world_size), unit="picture", disable=len(paths) < 2 or rank > 0):
         try:
-            predict_file(net, path, folder, classes, protocol, max_pixels)
+            predict_file(net, paths[i], folder, classes, protocol, max_pixels)
         except PictureError as error:
-            failed.append(error)
-    return failed
+            failed[i] = one_line(error)
+        except Exception as error:  # out of memory, a decoder's own: words are kept, the frames with their tensors go
+            failed[i] = f"{paths[i]}: cannot be predicted: {one_line(error)}"
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, failed)
+        failed = {i: words for part in parts for i, words in part.items()}
+    return [PictureError(failed[i]) for i in sorted(failed)]

@@ -11,7 +11,7 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry", "files"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "files", "terminal"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "geometry": set(),
     "checks": set(),
     "files": set(),
+    "terminal": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},
@@ -34,8 +35,9 @@ MAY_IMPORT = {
     "data": {"data"},
     "metrics": LEAVES,
     "charts": set(),
-    "predict": {"data", *STACK},
-    "evaluate": {"data", "files", "predict", "metrics", "charts"},
+    "protocol": {"data", *STACK},
+    "predict": {"data", "protocol", *STACK},
+    "evaluate": {"data", "protocol", "predict", "metrics", "charts", *LEAVES},
     "config": {"data", "predict", "models", "nn"},
     "placement": {"config", "models", "nn"},
     "arguments": {"config", "placement"},
@@ -58,6 +60,7 @@ MAY_IMPORT = {
         "",
         "convert",
         "export",
+        "protocol",
         "predict",
         "arguments",
         "config",

@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image
 import pspnet_fast
 from pspnet_fast import PSPNet, cli
 from pspnet_fast.config import Recipe, dataset_of, plain, protocol_of, recipe_of, trained_network
+from pspnet_fast.data.classes import Classes
+from pspnet_fast.data.scenes import SCENES
 from pspnet_fast.evaluate import evaluate as evaluate_network
 
 needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
@@ -72,8 +76,8 @@ def test_a_converted_checkpoint_takes_the_names_of_a_dataset(pictures, tmp_path,
         (["{pictures}/p0.png", "{tmp}/twin/p0.png", "--random-weights"], "both would be written to"),
         (["{pictures}/p0.png", "--random-weights", "--output", "{pictures}/p1.png"], "p1.png"),
         (["{pictures}/p0.png", "{pictures}/p0_labels.png", "--random-weights", "--output", "{pictures}"], "overwrite"),
-        (["{pictures}/p0.png", "--random-weights", "--scales", "0"], "--scales must be positive"),
-        (["{pictures}/p0.png", "--random-weights", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["{pictures}/p0.png", "--random-weights", "--scales", "0"], "--scales must be from 0.01 to 100"),
+        (["{pictures}/p0.png", "--random-weights", "--batch-size", "0"], "--batch-size must be from 1 to 1024, got 0"),
         (["{pictures}/p0.png", "--random-weights", "--output", "/proc/self"], "/proc/self: cannot be written into"),
     ],
 )
@@ -212,6 +216,89 @@ def test_evaluate_refuses(scenes, tmp_path, capsys, arguments, words):
     said = capsys.readouterr().err
     assert "pspnet-fast evaluate: " in said
     assert words.format(**places) in said
+
+
+@needs_parser
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--json", "{tmp}/nodir/x.json"], "x.json: cannot be written: there is no folder {tmp}/nodir"),
+        (["--json", "{tmp}"], "{tmp}: is a folder, give the name of a file"),
+        (["--json", "{scenes}/best.pth"], "best.pth: would overwrite a file that is read"),
+        (["--json", "{scenes}/recipe.yaml"], "recipe.yaml: would overwrite a file that is read"),
+        (["--output", "/proc/self"], "/proc/self: cannot be written into"),
+        (["--windows", "100000"], "windows must be"),
+        (["--scales", "1", "70", "--base-size", "512"], "--scales times the base size must be at most 32768 pixels"),
+    ],
+)
+def test_evaluate_says_before_the_work_what_cannot_be(scenes, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", lambda *_, **__: pytest.fail("pictures came first"))
+    before = (scenes / "best.pth").read_bytes()
+    places = {"tmp": tmp_path, "scenes": scenes}
+    given = [argument.format(**places) for argument in arguments]
+    assert evaluate(scenes, "--weights", scenes / "best.pth", *given) == 2
+    said = capsys.readouterr()
+    assert words.format(**places) in said.err
+    assert said.out == ""
+    assert (scenes / "best.pth").read_bytes() == before
+
+
+@needs_parser
+@pytest.mark.parametrize("full", ["out", "scores.json", "both"])
+def test_evaluate_prints_what_it_cannot_write(scenes, tmp_path, capsys, monkeypatch, full):
+    """The table is there, the error is one line, and one file that cannot be written leaves the other."""
+    replace, out, scores = os.replace, tmp_path / "out", tmp_path / "scores.json"
+
+    def full_disk(source, target):
+        if full == "both" or full in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full_disk)
+    assert evaluate(scenes, "--weights", scenes / "best.pth", "--output", out, "--json", scores) == 2
+    said = capsys.readouterr()
+    assert "mIoU" in said.out
+    assert "scenes val: 1 pictures" in said.out
+    errors = [line for line in said.err.splitlines() if line.startswith("pspnet-fast")]
+    assert len(errors) == 1
+    assert "cannot be written: No space left on device" in errors[0]
+    assert scores.exists() == (full == "out")
+    assert (out / "results.json").exists() == (full == "scores.json")
+
+
+@needs_parser
+@pytest.mark.parametrize("raised", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_evaluate_out_of_memory(scenes, capsys, monkeypatch, raised):
+    def fails(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", fails)
+    assert evaluate(scenes, "--weights", scenes / "best.pth") == 2
+    assert "scene_00000001.jpg: cannot be evaluated: out of memory" in capsys.readouterr().err
+
+
+@needs_parser
+def test_evaluate_needs_a_network_of_three_channels(scenes, capsys, monkeypatch):
+    def of_four(*arguments):
+        net, recipe = trained_network(*arguments)
+        net.layer0[0] = torch.nn.Conv2d(4, 8, 3)
+        return net, recipe
+
+    monkeypatch.setattr("pspnet_fast.config.trained_network", of_four)
+    assert evaluate(scenes, "--weights", scenes / "best.pth") == 2
+    assert "the network must take 3 channels, pictures are read in RGB, got one of 4" in capsys.readouterr().err
+
+
+@needs_parser
+def test_evaluate_on_an_ascii_terminal(scenes, tmp_path, monkeypatch):
+    """A name that it cannot show is escaped: the table and the file are there."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    names = Classes(("Straße\x1b[2J", *SCENES.names[1:]), SCENES.colours)
+    monkeypatch.setattr("pspnet_fast.config.SCENES", names)
+    assert evaluate(scenes, "--weights", scenes / "best.pth", "--json", tmp_path / "中.json") == 0
+    assert rb"Stra\xdfe\x1b[2J" in stream.buffer.getvalue()
+    assert json.loads((tmp_path / "中.json").read_text())["classes"][0] == names.names[0]
 
 
 def test_predict_by_a_snapshot(scenes, tmp_path, capsys):

@@ -168,13 +168,20 @@ def test_recipes_survive_plain_values():
     assert yaml.safe_load(yaml.safe_dump(plain(recipe))) == plain(recipe)
 
 
-def test_list_files_have_numbers_for_names():
+def test_list_files_have_numbers_for_names(tmp_path):
     recipe = Recipe(dataset="list", classes=7)
     table = recipe.class_table()
     assert table.names == tuple("0123456")
     assert len(set(table.colours)) == 7
-    with pytest.raises(ConfigError, match="at most 255"):
-        Recipe(dataset="list", classes=256).class_table()
+    many = Recipe(dataset="list", classes=2**16, data=tmp_path).class_table()
+    assert len(set(many.colours)) == len(set(many.names)) == 2**16
+    assert many.colours[:7] == table.colours
+    with pytest.raises(ConfigError, match="classes must be at most 65536, got 65537"):
+        Recipe(dataset="list", classes=2**16 + 1).class_table()
+    with pytest.raises(
+        ConfigError, match="classes of labelled data must be at most 255, label 255 is ignored, got 256"
+    ):
+        dataset_of(Recipe(dataset="list", classes=256, data=tmp_path), "val")
     with pytest.raises(ConfigError, match="ade20k has 150 classes: leave classes out, got 151"):
         Recipe(classes=151).class_table()
 

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from pspnet_fast.charts import confusion_picture
-from pspnet_fast.data.classes import Classes
+from pspnet_fast.data.classes import CLASSES, Classes
 from pspnet_fast.data.datasets import DatasetError, find_dataset, read_sample
 from pspnet_fast.evaluate import Evaluation, ImageScore, evaluate, table, to_json, write_json
 from pspnet_fast.metrics import confusion_matrix, scores
@@ -144,6 +145,35 @@ def test_two_processes_are_one(net, dataset, tmp_path, monkeypatch):
     for path, one in files.items():
         if path.name != "results.json":  # holds the time
             assert one.read_bytes() == (tmp_path / "out" / path).read_bytes(), path
+
+
+def _unwritable(rank, world_size, store, net, dataset, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+    def report(_):
+        time.sleep(1)  # in which a process that failed would long have ended
+        (folder / "reported").touch()
+
+    options = {"output": folder / "out", "predictions": True, "rank": rank, "world_size": world_size}
+    try:
+        run(net, dataset, report=report, **options)
+        ended = "well"
+    except PictureError as error:
+        ended = str(error)
+    (folder / f"ended.{rank}").write_text(f"{(folder / 'reported').exists()} {ended}")
+    dist.destroy_process_group()
+
+
+def test_what_one_process_cannot_write_the_first_one_says(net, dataset, tmp_path):
+    """The others end well, and after it has reported: torchrun stops all where one fails."""
+    (tmp_path / "out" / "predictions" / "p1_labels.png").mkdir(parents=True)  # of the second process
+    mp.start_processes(_unwritable, (2, tmp_path / "store", net, dataset, tmp_path), nprocs=2, start_method="fork")
+    first, second = ((tmp_path / f"ended.{rank}").read_text() for rank in range(2))
+    assert "p1_labels.png: cannot be written" in first
+    assert second == "True well"
+    assert {"results.json", "p0_labels.png", "p2_labels.png", "p4_labels.png"} < _files(tmp_path / "out")
+    assert "p3_labels.png" not in _files(tmp_path / "out")
 
 
 def test_files(net, dataset, tmp_path):
@@ -320,3 +350,158 @@ def test_matplotlib_is_missed_at_the_start_and_only_where_it_is_needed(net, data
     monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", lambda *_: pytest.fail("pictures came first"))
     with pytest.raises(ImportError, match=r"charts need matplotlib.*pip install 'pspnet_fast\[train\]'"):
         run(net, dataset, output=tmp_path)
+
+
+@pytest.mark.parametrize("rows", [100, 61, 31, 30, 20, 7, 1], ids=lambda rows: f"{rows} rows")
+@pytest.mark.parametrize("base_size", [None, 25, 60])
+def test_the_matrix_does_not_depend_on_the_bands(net, dataset, base_size, rows):
+    """Pictures of 13 to 61 rows: one band, several, last ones of one row."""
+    protocol = WINDOWS._replace(base_size=base_size, scales=(1.0, 0.5), flip=True)
+    expected = 0
+    for sample in dataset.samples:
+        image, truth = (torch.from_numpy(array) for array in read_sample(sample, dataset))
+        labels = restated.plain(net, image.permute(2, 0, 1), protocol).argmax(0)
+        expected = expected + confusion_matrix(labels, truth, 4)
+    found = run(net, dataset, protocol, band=4 * 44 * rows)
+    assert torch.equal(found.matrix, expected)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(batch_size=1), Protocol(crop=None, base_size=None, flip=True, batch_size=1)],
+    ids=["windows", "whole"],
+)
+def test_a_picture_of_512x384_and_150_classes(tmp_path, protocol):
+    """As large as most, in several bands: the base size is its own long side."""
+    net, pixels = restated.telling(150), restated.smooth_picture(384, 512)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+    with torch.inference_mode():
+        truth = restated.plain(net, pixels, protocol)
+    best = truth.topk(2, 0).values
+    labels = truth.argmax(0).masked_fill(best[0] - best[1] < 1e-6, 255)  # where rounding decides, nothing is counted
+    assert (labels == 255).float().mean() < 0.02
+    Image.fromarray(labels.to(torch.uint8).numpy()).save(tmp_path / "l.png")
+    (tmp_path / "list.txt").write_text("p.png l.png\n")
+    pictures = find_dataset("list", tmp_path, "val", list_file=tmp_path / "list.txt", classes=CLASSES["ade20k"])
+    found = run(net, pictures, protocol)
+    assert int(found.matrix.diag().sum()) == int(found.matrix.sum()) == int((labels != 255).sum())
+    assert (found.matrix.diag() > 0).sum() >= 3
+
+
+def test_what_was_found_is_reported_before_it_is_written(net, dataset, tmp_path, monkeypatch):
+    """A disk that is full by then costs no result; also where the report itself fails, the rest is written."""
+    reported = []
+    found = run(net, dataset, output=tmp_path / "out", report=lambda one: reported.append((one, _files(tmp_path))))
+    assert reported == [(found, set())]
+    assert "results.json" in _files(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(PictureError, match="cannot be written: No space left on device"):
+            run(net, dataset, output=tmp_path / "full", report=reported.append)
+    assert torch.equal(reported[1].matrix, found.matrix)
+    assert not _files(tmp_path / "full")
+
+    def unread(_):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(net, dataset, output=tmp_path / "unread", report=unread)
+    assert {"results.json", "per_class.csv", "confusion.png"} < _files(tmp_path / "unread")
+
+
+def _files(folder):
+    return {path.name for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_predictions_that_cannot_be_written_do_not_end_an_evaluation(net, dataset, tmp_path):
+    """It goes on, reports, writes the rest, and says so at the end."""
+    (tmp_path / "predictions" / "p1_labels.png").mkdir(parents=True)
+    reported = []
+    with pytest.raises(PictureError, match=r"p1_labels\.png: cannot be written.*no predictions were written after it"):
+        run(net, dataset, output=tmp_path, predictions=True, report=reported.append)
+    assert torch.equal(reported[0].matrix, run(net, dataset).matrix)
+    names = _files(tmp_path)
+    assert {"results.json", "p0_labels.png"} < names
+    assert "p2_labels.png" not in names
+
+
+def test_an_evaluation_that_fails_leaves_the_last_ones_files(net, dataset, tmp_path):
+    run(net, dataset, output=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    broken = dataset._replace(samples=(*dataset.samples, dataset.samples[0]._replace(image=tmp_path / "none.png")))
+    with pytest.raises(DatasetError, match=r"none\.png"):
+        run(net, broken, output=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("image", "labels", "predictions", "refused"),
+    [
+        ("p.png", "predictions/p_labels.png", True, True),  # pseudo-labels of an earlier run
+        ("p.png", "predictions/p_labels.png", False, False),
+        ("worst/p.png", "l.png", False, True),
+        ("confusion.png", "l.png", False, True),
+    ],
+)
+def test_results_never_overwrite_the_dataset(net, dataset, tmp_path, image, labels, predictions, refused):
+    for name, source in zip((image, labels), dataset.samples[0], strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(source.read_bytes())
+    sample = dataset.samples[0]._replace(image=tmp_path / image, labels=tmp_path / labels)
+    ours = dataset._replace(samples=(sample,))
+    before = (tmp_path / image).read_bytes(), (tmp_path / labels).read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    if refused:
+        with pytest.raises(PictureError, match="its results would overwrite .* which is read: give another folder"):
+            run(net, ours, output=tmp_path / "link", predictions=predictions)
+    else:
+        run(net, ours, output=tmp_path / "link", predictions=predictions)
+    assert ((tmp_path / image).read_bytes(), (tmp_path / labels).read_bytes()) == before
+
+
+def test_what_can_be_said_before_the_pictures(net, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", lambda *_, **__: pytest.fail("pictures came first"))
+    many = Classes(tuple(map(str, range(256))), ((0, 0, 0),) * 256)
+    with pytest.raises(
+        ValueError, match="evaluate: there must be at most 255 classes, as label 255 is ignored, got 256"
+    ):
+        run(net, dataset._replace(classes=many))
+    with pytest.raises(ValueError, match="Protocol: scales must be from"):
+        run(net, dataset, WINDOWS._replace(scales=(math.nan,)))
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(PictureError, match=r"results\.json: is a folder"):
+        run(net, dataset, output=tmp_path)
+
+
+def test_a_picture_that_the_network_fails_on_is_named(net, dataset, monkeypatch):
+    for error, words in ((MemoryError(), "out of memory: MemoryError"), (RuntimeError("of\na kernel"), "of a kernel")):
+
+        def fails(*_, raised=error, **__):
+            raise raised
+
+        monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", fails)
+        with pytest.raises(RuntimeError, match=rf"p0\.png: cannot be evaluated: {words}$"):
+            run(net, dataset)
+
+
+def test_names_of_classes_are_shown_as_they_can_be():
+    found = evaluation(("a\x1b[2J", "b\nc"), torch.tensor([[3, 1], [0, 1]]), "nan")
+    assert table(found).splitlines()[1:3] == [r"a\x1b[2J  75.00  75.00", "b c       50.00 100.00"]
+
+
+def test_the_scores_are_written_before_the_pictures(net, dataset, tmp_path):
+    """A picture that cannot be written leaves the scores, and those of the earlier evaluation are gone."""
+    found = run(net, dataset, output=tmp_path)
+    (first, *_) = (tmp_path / "worst").iterdir()
+    first.unlink()
+    first.mkdir()
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "worst" / "01_0.111_earlier.png").touch()
+    with pytest.raises(PictureError, match=f"{first.name}: cannot be written"):
+        run(net, dataset, output=tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["mIoU"] == found.scores.miou
+    assert not (tmp_path / "worst" / "01_0.111_earlier.png").exists()

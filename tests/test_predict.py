@@ -10,20 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pspnet_fast import PSPNet, predict, testing
-from pspnet_fast.data.classes import CLASSES
+from pspnet_fast import PSPNet, testing
 from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.predict import (
     PROTOCOLS,
     PictureError,
     Protocol,
-    colour,
-    load_network,
-    overlay,
     predict_labels,
     predict_probabilities,
     read_picture,
-    save,
     scaled_size,
     windows,
 )
@@ -176,15 +171,35 @@ def test_sizes_at_a_scale():
     assert scaled_size(1, 1000, 1.0, semseg_) == (1, 512)
 
 
+def test_a_picture_is_not_enlarged_without_end():
+    """Those that are larger already are shown as they are, or smaller."""
+    own = PROTOCOLS["whole"]
+    assert scaled_size(300, 2**14, 2.0, own) == (600, 2**15)
+    assert scaled_size(300, 2**15 + 2**14, 1.0, own) == (300, 2**15 + 2**14)
+    for kind in ("semseg", "caffe"):
+        assert scaled_size(8, 2**15, 1.0, Protocol(base_size=2**15, kind=kind))[1] == 2**15 + (kind == "caffe")
+    with pytest.raises(ValueError, match=r"^Protocol: the long side .* at most 32768, got 3 times 16384$"):
+        scaled_size(300, 2**14, 3.0, own)
+    with pytest.raises(ValueError, match="got 100 times 400"):
+        predict_labels(Stub(), torch.zeros(3, 2, 400), Protocol(base_size=None, scales=(100.0,)))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"kind": "matlab"}, "kind must be one of semseg, caffe, got 'matlab'"),
-        ({"crop": 0}, "crop must be at least 1, got 0"),
-        ({"base_size": 0}, "base_size must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"scales": ()}, r"scales must be positive, and one at least, got \(\)"),
-        ({"scales": (1.0, 0.0)}, r"scales must be positive, and one at least, got \(1\.0, 0\.0\)"),
+        ({"crop": 0}, "crop must be from 1 to 8192, got 0"),
+        ({"crop": 10**9}, "crop must be from 1 to 8192, got 1000000000"),
+        ({"base_size": 0}, "base_size must be from 1 to 32768, got 0"),
+        ({"base_size": 10**9}, "base_size must be from 1 to 32768, got 1000000000"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 1024, got 0"),
+        ({"batch_size": 10**9}, "batch_size must be from 1 to 1024, got 1000000000"),
+        ({"scales": ()}, r"scales must be from 0\.01 to 100, and one at least, got \[\]"),
+        ({"scales": (1.0, 0.0)}, r"scales must be from 0\.01 to 100, and one at least, got \[1\.0, 0\.0\]"),
+        ({"scales": (1.0, math.nan)}, r"scales must be from .*, got \[1\.0, nan\]"),
+        ({"scales": (math.inf,)}, r"scales must be from .*, got \[inf\]"),
+        ({"scales": (1.0, 1e9)}, r"scales must be from .*, got \[1\.0, 1000000000\.0\]"),
+        ({"scales": (1.0, 70.0)}, "scales times the base size must be at most 32768 pixels, got 70 times 512"),
     ],
 )
 def test_protocols_that_cannot_work(changes, words):
@@ -201,19 +216,159 @@ def test_whole_pictures():
     assert {shape[2:] for shape in net.sizes} == {(20, 31)}
 
 
-@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.75)], ids=str)
-def test_labels_come_in_bands_of_rows(monkeypatch, scales):
-    """The same labels as of all probabilities at once, which are never all there."""
-    net, pixels = Stub().eval(), torch.rand(3, 31, 44) * 255
-    protocol = Protocol(crop=17, base_size=40, scales=scales)
-    expected = predict_probabilities(net, pixels, protocol).argmax(0)
-    monkeypatch.setattr(predict, "BAND", 4 * 44 * 7)
-    rows, heights = predict._rows, []
-    monkeypatch.setattr(
-        predict, "_rows", lambda maps, some, *size: heights.append(len(some)) or rows(maps, some, *size)
-    )
-    assert torch.equal(predict_labels(net, pixels, protocol), expected)
-    assert heights == [7, 7, 7, 7, 3]
+def plain(net, pixels, protocol):
+    """The protocol in plain PyTorch, of whole pictures: (K, H, W). The network's logits are upsampled to its windows first."""
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
+    image, (height, width) = (pixels.float() - mean) / std, pixels.shape[1:]
+    caffe, total = protocol.kind == "caffe", 0
+
+    def logits(crop):
+        coarse = net.coarse_logits(crop) if isinstance(net, PSPNet) else net(crop)
+        aligned = isinstance(net, PSPNet) and net.align_corners
+        return F.interpolate(coarse, crop.shape[2:], mode="bilinear", align_corners=aligned)[0]
+
+    def bilinear(x, *size):
+        return F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
+
+    for scale in protocol.scales:
+        long_side = round(scale * (protocol.base_size or max(height, width))) + caffe
+        new_h, new_w = (max(1, round(long_side / max(height, width) * side)) for side in (height, width))
+        crop_h, crop_w = (protocol.crop, protocol.crop) if protocol.crop else (new_h, new_w)
+        pad_h, pad_w = max(crop_h - new_h, 0), max(crop_w - new_w, 0)
+        top, left = (0, 0) if caffe else (pad_h // 2, pad_w // 2)
+        padded = F.pad(bilinear(image, new_h, new_w), (left, pad_w - left, top, pad_h - top))
+        sums = counts = 0
+        for h in windows(padded.shape[1], crop_h):
+            for w in windows(padded.shape[2], crop_w):
+                crop = padded[None, :, h : h + crop_h, w : w + crop_w]
+                score = logits(crop)
+                if protocol.flip and caffe:
+                    score = (score + logits(crop.flip(3)).flip(2)).softmax(0)
+                elif protocol.flip:
+                    score = (score.softmax(0) + logits(crop.flip(3)).flip(2).softmax(0)) / 2
+                else:
+                    score = score.softmax(0)
+                around = (w, padded.shape[2] - w - crop_w, h, padded.shape[1] - h - crop_h)
+                sums = sums + F.pad(score, around)
+                counts = counts + F.pad(torch.ones(crop_h, crop_w), around)
+        total = total + bilinear((sums / counts)[:, top : top + new_h, left : left + new_w], height, width)
+    return total / len(protocol.scales)
+
+
+def assert_labels(labels, expected, clear=1e-5, share=0.99):
+    """Those of the largest probability, wherever rounding cannot decide; many, and of several classes."""
+    best = expected.topk(2, 0).values
+    certain = best[0] - best[1] > clear
+    assert certain.float().mean() > share
+    assert len(labels.unique()) >= 3
+    assert torch.equal(labels[certain], expected.argmax(0)[certain])
+
+
+# Rows in a band, for pictures of 31 rows: one larger than the picture, as large, two, three, a last band of one row, many.
+BANDS = {40: 1, 31: 1, 16: 2, 11: 3, 15: 3, 10: 4, 6: 6, 1: 31}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop", [17, None])
+@pytest.mark.parametrize("kind", ["semseg", "caffe"])
+@pytest.mark.parametrize(
+    ("base_size", "scales"),
+    [(None, (1.0,)), (30, (1.0,)), (44, (1.0,)), (43, (1.0,)), (60, (1.0,)), (44, (0.5, 1.0, 1.5)), (43, (1.0, 0.7))],
+    ids=str,
+)
+def test_labels_come_in_bands_of_rows(monkeypatch, base_size, scales, kind, crop, flip):
+    """The plain protocol's, however many bands: pictures that are shrunk, enlarged, and of the very size (base size 44, or
+    Caffe's 43, which is a longer side by one).
+    """
+    net = Stub().eval()
+    pixels = F.interpolate(torch.rand(1, 3, 5, 7) * 255, (31, 44), mode="bilinear")[0]
+    protocol = Protocol(crop, base_size, scales, flip, batch_size=3, kind=kind)
+    expected = plain(net, pixels, protocol)
+    heights, argmax = [], torch.argmax
+    monkeypatch.setattr(torch, "argmax", lambda some, *a, **k: heights.append(some.shape[1]) or argmax(some, *a, **k))
+    for rows, count in BANDS.items():
+        band = rows * 44 * 4
+        torch.testing.assert_close(predict_probabilities(net, pixels, protocol, band=band), expected, atol=2e-6, rtol=0)
+        heights.clear()
+        assert_labels(predict_labels(net, pixels, protocol, band=band), expected)
+        if heights or crop is not None or scales != (1.0,):  # else one window is the picture, and there are no bands
+            assert len(heights) == count
+            assert (max(heights), sum(heights)) == (min(rows, 31), 31)
+
+
+@pytest.mark.parametrize("size", [(3, 44), (44, 3), (1, 30), (30, 1)], ids=str)
+@pytest.mark.parametrize("base_size", [29, 30, 31, 43, 44, 45])
+def test_bands_where_one_side_keeps_its_size(size, base_size):
+    """A side of 3 stays 3 at scales about 1, and the other does not."""
+    net, pixels = Stub().eval(), torch.rand(3, *size) * 255
+    protocol = Protocol(17, base_size, flip=True)
+    expected = plain(net, pixels, protocol)
+    for rows in (1, 2, size[0] - 1, size[0]):
+        found = predict_probabilities(net, pixels, protocol, band=4 * size[1] * rows)
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+class Shallow(nn.Module):
+    """A convolution, whose logits are an eighth of the picture's size."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.first = nn.Conv2d(3, classes, 9, stride=8, padding=4)
+
+    def forward(self, x):
+        return self.first(x)
+
+
+def test_bands_of_a_larger_scale_hold_no_more():
+    """A small picture at forty times its size: a band is what its scale has room for, and not half a gigabyte."""
+    net, pixels = Shallow(150).eval(), torch.rand(3, 20, 30) * 255
+    protocol = Protocol(crop=200, base_size=1200, batch_size=1)
+    shown = 3 * 800 * 1200 * 4  # bytes of the enlarged picture
+    needed = testing.peak_memory(lambda: predict_labels(net, pixels, protocol, band=2**17), "cpu")
+    assert needed < 5 * shown < 150 * 800 * 1200
+
+
+def smooth_picture(height, width, cells=9):
+    """Blobs of colour, with noise on them, uint8."""
+    blobs = F.interpolate(torch.rand(1, 3, cells, cells) * 255, (height, width), mode="bilinear")[0]
+    return (blobs + 20 * torch.randn(3, height, width)).clamp(0, 255).to(torch.uint8)
+
+
+def telling(classes, layers=18, width=8):
+    """A PSPNet of random weights that names many classes."""
+    net = PSPNet(layers=layers, width=width, classes=classes, aux=False).eval()
+    nn.init.normal_(net.cls[4].weight, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "protocol"),
+    [
+        ((480, 640), 150, Protocol()),
+        ((512, 512), 150, Protocol()),
+        ((512, 512), 150, Protocol(flip=True, kind="caffe")),
+        ((384, 512), 150, Protocol(scales=(0.5, 1.0, 1.5), batch_size=9)),
+        ((480, 640), 150, Protocol(crop=None, base_size=None, flip=True, batch_size=1)),
+        ((1024, 2048), 19, Protocol(crop=713, base_size=2048, batch_size=1)),
+    ],
+    ids=str,
+)
+def test_pictures_of_real_sizes(size, classes, protocol):
+    net, pixels = telling(classes), smooth_picture(*size)
+    with torch.inference_mode():
+        expected = plain(net, pixels, protocol)
+    assert_labels(predict_labels(net, pixels, protocol), expected, clear=1e-6, share=0.98)
+
+
+@pytest.mark.parametrize(
+    "protocol", [Protocol(batch_size=1), Protocol(crop=1500, base_size=None, batch_size=1)], ids=str
+)
+def test_a_photograph_of_twelve_megapixels(protocol):
+    net, pixels = Shallow().eval(), smooth_picture(3000, 4000, cells=30)
+    nn.init.normal_(net.first.weight, std=0.1)
+    with torch.inference_mode():
+        expected = plain(net, pixels, protocol)
+    assert_labels(predict_labels(net, pixels, protocol), expected, share=0.98)
 
 
 class Shrink(nn.Module):
@@ -252,12 +407,11 @@ def test_coarse_logits_of_a_pspnet(crop, base_size, flip):
 
 
 @pytest.mark.parametrize("crop", [129, 257, None])
-def test_labels_build_neither_logits_nor_probabilities_at_the_pictures_size(crop, monkeypatch):
-    monkeypatch.setattr(predict, "BAND", 2**20)
+def test_labels_build_neither_logits_nor_probabilities_at_the_pictures_size(crop):
     net, pixels = shrinking(150), torch.rand(3, 257, 257) * 255
     protocol = Protocol(crop, base_size=None)
     whole = 150 * 257 * 257 * 4
-    assert testing.peak_memory(lambda: predict_labels(net, pixels, protocol), "cpu") < 0.4 * whole
+    assert testing.peak_memory(lambda: predict_labels(net, pixels, protocol, band=2**20), "cpu") < 0.4 * whole
     assert testing.peak_memory(lambda: predict_probabilities(net, pixels, protocol), "cpu") >= whole
 
 
@@ -318,51 +472,3 @@ def test_files_that_are_no_pictures(tmp_path):
     for name in ("cut.jpg", "text.png", "empty.png", "absent.png", "."):
         with pytest.raises(PictureError, match=str(tmp_path / name).rstrip(".")):
             read_picture(tmp_path / name)
-
-
-def test_colours_and_legend():
-    classes = CLASSES["voc2012"]
-    labels = torch.zeros(120, 200, dtype=torch.uint8)
-    labels[:, 150:] = 15
-    picture = np.asarray(colour(labels, classes))
-    assert tuple(picture[0, 0]) == (0, 0, 0)
-    assert tuple(picture[0, 199]) == (192, 128, 128)
-    shown = overlay(Image.new("RGB", (200, 120), "white"), labels, classes)
-    assert shown.height == 120
-    assert shown.width > 250
-    legend = np.asarray(shown)[:, 200:].reshape(-1, 3)
-    assert (legend == (192, 128, 128)).all(1).sum() > 50  # the swatch of "person"
-    assert not (legend == classes.colours[2]).all(1).any()  # a class that is not there has none
-
-
-def test_what_is_no_class_is_white():
-    picture = np.asarray(colour(torch.tensor([[0, 255, 21]], dtype=torch.uint8), CLASSES["voc2012"]))
-    assert picture.tolist() == [[[0, 0, 0], [255, 255, 255], [255, 255, 255]]]
-
-
-def test_a_legend_longer_than_the_picture_says_how_many_are_left():
-    labels = torch.arange(150, dtype=torch.uint8).repeat_interleave(20).view(50, 60)
-    shown = overlay(Image.new("RGB", (60, 50), "white"), labels, CLASSES["ade20k"])
-    swatches = {tuple(c) for c in np.asarray(shown)[:, 60:].reshape(-1, 3)} & set(CLASSES["ade20k"].colours)
-    assert 2 <= len(swatches) < 10
-
-
-def test_save_leaves_no_part_behind(tmp_path):
-    save(Image.new("L", (4, 4)), tmp_path / "a.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(PictureError, match="absent.*cannot be written"):
-        save(Image.new("L", (4, 4)), tmp_path / "absent" / "a.png")
-
-
-def test_load_network(tmp_path):
-    state = PSPNet(layers=18, classes=21).state_dict()
-    torch.save({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "a.pth")
-    net = load_network(tmp_path / "a.pth", 18, 21)
-    assert not net.training
-    assert torch.equal(net.cls[4].weight, state["cls.4.weight"])
-    with pytest.raises(ValueError, match=r"a\.pth: has 21 classes, and the dataset 150"):
-        load_network(tmp_path / "a.pth", 18, 150)
-    with pytest.raises(ValueError, match="does not fit"):
-        load_network(tmp_path / "a.pth", 34, 21)
-    with pytest.raises(FileNotFoundError):
-        load_network(tmp_path / "b.pth", 18, 21)
