@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoints.detect import Recognised, recognise
 from .checkpoints.layout import Layout, layout_of
 from .checkpoints.load import built, read

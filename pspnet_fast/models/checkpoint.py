@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..files import replacing
+from .archive import ZIP, RefusedError, dry_run, names_in, verified
+from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
 
 FORMAT = "pspnet_fast"
 """The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
@@ -32,70 +35,88 @@ class CheckpointError(ValueError, RuntimeError):
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What `torch.load` finds in a file, on the CPU and with `weights_only=True`: a pickle in it is never executed.
 
+    Every checksum in a file of `torch.save` is verified first, and that its tensors are no larger than it is; see
+    `archive.py`. Files of before PyTorch 1.6 and safetensors have no checksums: of those, the sizes alone are.
+
     A safetensors file is read, too, and known by its content: its tensors are under "model" and its header's metadata under
     "metadata". In one that `pspnet-fast convert` wrote with this library's names, "recipe" says which network they mean, as
     in a snapshot of a training.
 
     Raises:
-        OSError: the file is missing, a directory, or not readable.
-        CheckpointError: the file is not a checkpoint, is truncated, or holds more than tensors and plain values.
+        OSError: the file is missing, a directory, no regular file or not readable.
+        CheckpointError: the file is not a checkpoint, is truncated or damaged, or holds more than tensors and plain values.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(
-            f"no checkpoint at {os.fspath(path)!r}. Nothing is downloaded: give the path of a file that is there"
+            f"no checkpoint at {str(path)!r}. Nothing is downloaded: give the path of a file that is there"
         )
-    if _is_safetensors(path):
-        return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # A damaged file surfaces as whatever the unpickler trips over: EOFError, RuntimeError, UnicodeDecodeError...
-        where, reason = f"{os.fspath(path)!r} cannot be read", str(error)
-        if isinstance(error, pickle.UnpicklingError) and (
-            found := re.search(r"WeightsUnpickler error:\s*(.+)", reason)
-        ):
-            reason = found[1].strip()  # without the advice around it, which is to run what is in the file
-        if found := re.search(r"GLOBAL (\S+)", reason):
-            raise CheckpointError(
-                f"{where}: it holds more than tensors and plain values ({found[1]}), and code in a checkpoint is never run. "
-                "Where the file is trusted, save its weights alone, once: "
-                "content = torch.load(IN, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': content['state_dict']}, OUT)"
-            ) from error
-        raise CheckpointError(f"{where} as a checkpoint of tensors: {reason}") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the checkpoint's file in it")
+    if not path.is_file():
+        raise OSError(f"{str(path)!r} is no regular file: give one that can be read twice")
+    with path.open("rb") as file:
+        try:
+            content = _read(file, path)
+        except (CheckpointError, ImportError):
+            raise
+        except Exception as error:
+            # A damaged file surfaces as whatever its reader trips over: EOFError, UnicodeDecodeError, a bare OSError...
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint of tensors: {reason}") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{os.fspath(path)!r} must hold a dictionary, got {type(content).__name__}")
+        raise CheckpointError(f"{str(path)!r} must hold a dictionary, got {type(content).__name__}")
     return content
 
 
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as safetensors do: eight bytes for the length of a JSON object, which follows."""
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= Path(path).stat().st_size
+def _read(file: BinaryIO, path: Path) -> Any:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(FIRST)
+    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= length - 8:
+        return _read_safetensors(path)
+    if first.startswith(ZIP):
+        if reason := what_the_archive_is(names_in(file)):
+            raise RefusedError(f"it is {reason}")
+        archive = verified(file)
+        sketch = dry_run(io.BytesIO(archive.data_pkl or b""), length, archive.sizes)
+    else:
+        if reason := what_it_is(path, first, length):
+            raise RefusedError(f"it is {reason}")
+        file.seek(0)
+        for _ in range(3):  # a number to know it by, a version, what wrote it
+            dry_run(file, length)
+        sketch = dry_run(file, length)
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if found := re.search(r"WeightsUnpickler error:\s*(.+)", reason):
+            reason = found[1].strip()  # without the advice around it, which is to run what is in the file
+        if found := re.search(r"GLOBAL (\S+)", reason):
+            raise CheckpointError(
+                f"{str(path)!r} cannot be read: it holds more than tensors and plain values ({found[1]}), and code in a "
+                f"checkpoint is never run. Where the file is trusted, save its weights alone, once: {how_to_save(sketch)}"
+            ) from error
+        raise RefusedError(reason) from error
 
 
-def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    """Safetensors' own reader compares the header with the file's length, and the tensors with one another."""
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(
-            f"{os.fspath(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'"
-        ) from error
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata: dict[str, Any] = dict(file.metadata() or {})
-        content = {"model": tensors, "metadata": metadata}
-        if metadata.get("format") == FORMAT and "recipe" in metadata:
-            metadata["recipe"] = json.loads(metadata["recipe"])
-            if metadata.get("family") == FORMAT:
-                content["recipe"] = metadata["recipe"]
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+        raise ImportError(f"{str(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, Any] = dict(file.metadata() or {})
+    content = {"model": tensors, "metadata": metadata}
+    if metadata.get("format") == FORMAT and "recipe" in metadata:
+        metadata["recipe"] = json.loads(metadata["recipe"])
+        if metadata.get("family") == FORMAT:
+            content["recipe"] = metadata["recipe"]
     return content
 
 

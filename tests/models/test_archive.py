@@ -1,0 +1,398 @@
+"""What the reader promises: a checkpoint is the one that was written, no larger than its file, or it is refused by name."""
+
+import io
+import json
+import os
+import random
+import struct
+import tarfile
+import threading
+import warnings
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from pspnet_fast.models import CheckpointError, read_checkpoint
+from pspnet_fast.models.archive import RefusedError, dry_run
+
+
+def content():
+    generator = torch.Generator().manual_seed(0)
+    model = {f"l{i}.weight": torch.randn(4, 3, generator=generator) for i in range(4)}
+    return {
+        "model": model,
+        "optimizer": {"state": {0: {"m": torch.arange(5)}}},
+        "iteration": 3,
+        "recipe": {"layers": 18},
+    }
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return one == other
+
+
+def bytes_of(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def refused(path, data, words):
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_checkpoint(path)
+    assert repr(str(path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def outcome(path, data):
+    """What is read of a file, or None where it is refused, by name."""
+    path.write_bytes(data)
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        return None if repr(str(path)) in str(error) else error
+
+
+def flipped(data, bit):
+    other = bytearray(data)
+    other[bit // 8] ^= 1 << bit % 8
+    return bytes(other)
+
+
+def directory_of(data):
+    return data.index(b"PK\x01\x02")
+
+
+# Damage
+
+
+def test_a_flipped_bit_is_refused_or_without_effect(tmp_path):
+    """Anywhere, and every bit of what stands in the directory of one tensor's bytes."""
+    data, wanted = bytes_of(content()), content()
+    entry = data.index(b"data/0", directory_of(data)) - data[directory_of(data) :].index(b"archive") - 60
+    bits = {*random.Random(0).sample(range(8 * len(data)), 400), *range(8 * entry, 8 * (entry + 80))}
+    read = [outcome(tmp_path / "w.pth", flipped(data, bit)) for bit in sorted(bits)]
+    whole = [each for each in read if each is not None]
+    assert 0 < len(whole) < len(read) / 2
+    assert all(same(wanted, each) for each in whole)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_truncated_file_is_refused_by_name(tmp_path, legacy):
+    data = bytes_of(content(), _use_new_zipfile_serialization=not legacy)
+    for length in range(0, len(data), 41):
+        refused(tmp_path / "w.pth", data[:length], r"w\.pth' cannot be read as a checkpoint of tensors")
+
+
+def test_damage_to_files_without_checksums_is_never_another_exception(tmp_path):
+    """What torch.save wrote before 1.6: tensors may be others, which nothing tells; anything else is refused."""
+    data, path = bytes_of(content(), _use_new_zipfile_serialization=False), tmp_path / "w.pth"
+    path.write_bytes(data)
+    assert same(read_checkpoint(path), content())
+    read = [outcome(path, flipped(data, bit)) for bit in random.Random(1).sample(range(8 * len(data)), 400)]
+    assert all(each is None or isinstance(each, dict) for each in read)
+
+
+def patched(data, name, offset, value, local=False):
+    """The directory's header of an entry with another value at an offset of its; or the one before its bytes."""
+    header = data.index(name) - (30 if local else 46) if local else data.index(name, directory_of(data)) - 46
+    return data[: header + offset] + value + data[header + offset + len(value) :]
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "local", "words"),
+    [
+        (8, b"\x09\x08", False, "do not agree"),  # encrypted: torch returns memory as it found it
+        (8, b"\x09\x08", True, "do not agree"),
+        (38, b"\x10", False, "do not agree"),  # a directory: the same
+        (10, b"\x08", False, "is compressed"),
+        (24, b"\x10\x00", False, "is compressed"),  # its size, and stored in as many bytes as before
+        (26, b"\x02\x00", True, "truncated or damaged|do not agree"),  # the length of its name
+    ],
+)
+def test_headers_that_disagree(tmp_path, offset, value, local, words):
+    data = bytes_of(content())
+    refused(tmp_path / "w.pth", patched(data, b"archive/data/0", offset, value, local), words)
+
+
+def rewritten(data, change, **options):
+    """The same archive, packed anew."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", **options) as new:
+        for entry in old.infolist():
+            for name, value in change(entry.filename, old.read(entry)):
+                new.writestr(name, value)
+    return file.getvalue()
+
+
+def test_an_archive_packed_anew_is_read(tmp_path):
+    """Without compression it is what torch.save writes, without its padding."""
+    (tmp_path / "w.pth").write_bytes(rewritten(bytes_of(content()), lambda name, value: [(name, value)]))
+    assert same(read_checkpoint(tmp_path / "w.pth"), content())
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_other_ways_to_hold_other_bytes(tmp_path):
+    data, path = bytes_of(content()), tmp_path / "w.pth"
+    keep = lambda name, value: [(name, value)]  # noqa: E731
+    refused(path, rewritten(data, keep, compression=zipfile.ZIP_DEFLATED), "is compressed, which torch.save never does")
+    twice = lambda name, value: [(name, value)] * (1 + name.endswith("data/0"))  # noqa: E731
+    refused(path, rewritten(data, twice), "two entries of one name")
+    cased = lambda name, value: [(name, value), (name.upper(), value)] if name[-1] == "0" else [(name, value)]  # noqa: E731
+    refused(path, rewritten(data, cased), "two entries of one name")
+    refused(path, data + b"more", "bytes behind its end")
+    at = data.index(b"archive/data/1", directory_of(data)) - 46
+    first = data.index(b"archive/data/0", directory_of(data)) - 46
+    shared = data[: at + 42] + data[first + 42 : first + 46] + data[at + 46 :]
+    refused(path, shared, "damaged")
+
+
+def test_what_is_no_regular_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder: give the checkpoint's file in it"):
+        read_checkpoint(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    failed = []
+
+    def read():
+        try:
+            read_checkpoint(tmp_path / "fifo")
+        except OSError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert "is no regular file" in failed[0]
+
+
+# Sizes
+
+
+def expanded():
+    return {"weight": torch.zeros(1).expand(1 << 20)}
+
+
+class Made:
+    """A pickle that calls something."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+WHOLE = torch.zeros(1 << 16)
+
+
+def resized(data, numel):
+    """The archive with a storage of so many elements, of 12 before."""
+
+    def change(name, value):
+        return [
+            (name, value.replace(b"K\x0ct", b"J" + struct.pack("<i", numel) + b"t") if name.endswith(".pkl") else value)
+        ]
+
+    return rewritten(data, change)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: bytes_of(expanded()), r"a tensor of \(1048576,\) that has 1 elements in the file"),
+        (lambda: bytes_of(expanded(), _use_new_zipfile_serialization=False), "that has 1 elements in the file"),
+        (lambda: bytes_of({"w": Made(torch.Tensor, 3_000_000_000)}), r"it calls torch\.Tensor"),
+        (lambda: bytes_of({"w": Made(torch.FloatTensor, 3_000_000_000)}), r"it calls torch\.FloatTensor"),
+        (
+            lambda: bytes_of({"w": Made(torch.UntypedStorage, 3_000_000_000)}),
+            r"it calls torch\.storage\.UntypedStorage",
+        ),
+        (lambda: bytes_of({"w": Made(bytearray, 3_000_000_000)}), r"it calls builtins\.bytearray"),
+        (
+            lambda: bytes_of(
+                {"w": Made(torch._tensor._rebuild_from_type_v2, torch.Tensor, torch.Tensor, (3_000_000_000,), {})}
+            ),
+            r"it calls torch\.Tensor",
+        ),
+        (lambda: resized(bytes_of({"w": torch.zeros(12)}), 1 << 30), "storage '0' of 4294967296 bytes, for which"),
+        (lambda: bytes_of({str(i): WHOLE[:] for i in range(99)}), "its tensors are 25952256 bytes"),
+        (lambda: bytes_of({"w": torch.zeros(3).to_sparse()}), "not plain .* are not read"),
+    ],
+)
+def test_no_more_memory_than_the_file_has_bytes(tmp_path, data, words):
+    refused(tmp_path / "w.pth", data(), words)
+
+
+def test_the_legacy_format_too(tmp_path):
+    """There PyTorch makes a storage as large as the tensor says, of memory as it found it."""
+    data = bytes_of({"w": torch.zeros(12)}, _use_new_zipfile_serialization=False)
+    path = tmp_path / "w.pth"
+    refused(path, data.replace(b"K\x0c\x85", b"J\x00\x00\x00\x40\x85"), r"a tensor of \(1073741824,\) that has 12")
+    huge = data.replace(b"K\x0c", b"J\x00\x00\x00\x40")
+    refused(path, huge, "storage '[0-9]+' of 4294967296 bytes, for which the file has")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24.0).reshape(4, 6).t(),
+        torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.arange(24.0)[3:20:2],
+        torch.zeros(0, 3),
+        torch.tensor(7),
+        torch.zeros(3, dtype=torch.bfloat16),
+        torch.zeros(3, dtype=torch.bool),
+        nn.Parameter(torch.ones(2)),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_ordinary_views_are_read(tmp_path, tensor, legacy):
+    value = {"a": tensor, "b": tensor, "c": b"bytes", "size": tensor.shape, "dtype": tensor.dtype, "set": {1, 2}}
+    torch.save(value, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    read = read_checkpoint(tmp_path / "w.pth")
+    assert same(value, read)
+    assert read["a"].stride() == tensor.stride()
+
+
+def test_a_dry_run_makes_nothing():
+    """Calls are stubs, whatever they would do."""
+    sketch = dry_run(io.BytesIO(b"cos\nsystem\n(S'touch mark'\ntR."), 100)
+    assert not sketch
+    assert not os.path.exists("mark")
+    with pytest.raises(RefusedError, match="calls _codecs.encode"):
+        dry_run(io.BytesIO(b"c_codecs\nencode\n(S'aa'\nS'hex'\ntR."), 100)
+
+
+# What else a file may be
+
+
+def html(path):
+    path.write_text("\n<!DOCTYPE html><html>Sign in</html>")
+
+
+def torchscript(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def npz(path):
+    import numpy as np
+
+    np.savez(path, weight=np.zeros(3))
+    os.rename(f"{path}.npz", path)
+
+
+def tar(path):
+    with tarfile.open(path, "w") as file:
+        file.add(__file__, "storages")
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights/net.pth", b"1")
+
+
+def pickled(path):
+    import pickle
+
+    path.write_bytes(pickle.dumps({"model": {"w": [1.0]}, "__author__": "somebody"}, protocol=4))
+
+
+OTHERS = {
+    "empty.pth": (b"", "empty: the download"),
+    "lfs.pth": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a Git LFS pointer.*git lfs pull",
+    ),
+    "gzip.pth.gz": (b"\x1f\x8b\x08\x00" + bytes(20), "compressed with gzip: unpack it"),
+    "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5, as Keras saves"),
+    "psp.caffemodel": (b"\n\x06PSPNet\xa2\x06\x01", "Caffe's: only PyTorch's"),
+    "net.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x00", "an ONNX model"),
+    "net.bin": (b"\x08\x08\x12\x07pytorch\x1a\x00", "an ONNX model"),
+    "model.ckpt-100.data-00000-of-00001": (bytes(99), "TensorFlow's"),
+    "login.pth": (html, "a web page, of an error or a login"),
+    "script.pt": (torchscript, r"TorchScript, a program.*torch\.jit\.load.*state_dict\(\)"),
+    "arrays.pth": (npz, r"NumPy's \.npz"),
+    "array.pth": (b"\x93NUMPY\x01\x00" + bytes(80), "a NumPy array"),
+    "old.tar": (tar, "a tar archive"),
+    "zipped.pth": (zipped, r"a zip archive without torch\.save's tensors \(it begins with 'weights/net\.pth'\)"),
+    "detectron.pkl": (pickled, r"a pickle that torch\.save did not write"),
+    "photo.pth": (b"\xff\xd8\xff\xe0" + bytes(20), r"a picture \(JPEG\)"),
+    "short.safetensors": (struct.pack("<Q", 5000) + b'{"weight"', "truncated: the header of a safetensors file"),
+    "text.pth": (b"layers: 50", "no file that torch.save writes, by its first bytes b'layers: 50'"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_named(tmp_path, name):
+    given, words = OTHERS[name]
+    path = tmp_path / name
+    if callable(given):
+        given(path)
+    refused(
+        path,
+        path.read_bytes() if callable(given) else given,
+        f"cannot be read as a checkpoint of tensors: it is {words}",
+    )
+
+
+class Net(nn.Linear):
+    """A network whose code is not run."""
+
+
+@pytest.mark.parametrize(
+    ("save", "advice"),
+    [
+        (lambda net: net, "content.state_dict()"),
+        (lambda net: {"model": net, "epoch": 3}, "content['model'].state_dict()"),
+        (lambda net: {"net": net.state_dict(), "args": Made(os.getcwd)}, "content['net']"),
+        (lambda net: {"state_dict": net.state_dict(), "hook": net}, "content['state_dict']"),
+        (
+            lambda net: {**net.state_dict(), "args": Made(os.getcwd)},
+            "{name: each for name, each in content.items() if isinstance(each, torch.Tensor)}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")
+def test_the_advice_works(tmp_path, save, advice, legacy, monkeypatch):
+    """What is said about files with more in them is run, and its result is read."""
+    monkeypatch.chdir(tmp_path)
+    net = Net(2, 3)
+    torch.save(save(net), "in.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values") as caught:
+        read_checkpoint("in.pth")
+    code = str(caught.value).partition("once: ")[2]
+    assert f"{{'state_dict': {advice}}}" in code
+    exec(code, {"torch": torch, "IN": "in.pth", "OUT": "out.pth"})
+    assert same(dict(read_checkpoint("out.pth")["state_dict"]), dict(net.state_dict()))
+
+
+# safetensors
+
+
+def test_safetensors_are_compared_with_their_header(tmp_path):
+    """They have no checksums: every exception is one of ours, and sizes are compared with the file's."""
+    save = pytest.importorskip("safetensors.torch").save
+    recipe = {"format": "pspnet_fast", "family": "pspnet_fast", "recipe": json.dumps({"layers": 18})}
+    data, path = save({"a": torch.ones(4), "b": torch.zeros(2, dtype=torch.int64)}, recipe), tmp_path / "w.safetensors"
+    path.write_bytes(data)
+    assert read_checkpoint(path)["recipe"] == {"layers": 18}
+    for length in range(1, len(data), 7):
+        refused(path, data[:length], r"w\.safetensors' cannot be read")
+    refused(path, data + b"more", "cannot be read")
+    header = 8 + int.from_bytes(data[:8], "little")
+    read = [outcome(path, flipped(data, bit)) for bit in range(0, 8 * header, 3)]
+    whole = [each["model"].values() for each in read if each is not None]
+    assert whole
+    assert all(sum(t.numel() * t.itemsize for t in each) <= len(data) for each in whole)
+    bomb = {**recipe, "recipe": "[" * 100_000}
+    refused(path, save({"a": torch.ones(4)}, bomb), "cannot be read")
