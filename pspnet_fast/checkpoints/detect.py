@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..models.checkpoint import FORMAT, CheckpointError, bare_state_dict
+from ..models.checkpoint import FORMAT, CheckpointError, unwrapped
 from ..models.resnet import LAYERS, BasicBlock, Dilation, Stem
+from ..models.unwrap import Unwrapped, common_part, first_parts, is_average, say, without_prefix
 from .csail import CSAIL
 from .encoding import ENCODING
 from .family import Family, Names
@@ -41,6 +43,7 @@ class Recognised(NamedTuple):
 def detect(
     state_dict: Mapping[str, Any],
     *,
+    ema: bool = False,
     align_corners: bool | None = None,
     bins: Sequence[int] | None = None,
     dilation: Dilation | None = None,
@@ -50,6 +53,7 @@ def detect(
     Args:
         state_dict: a state_dict of any family, or the dictionary that its file holds, with whatever is around it. CSAIL's two
             files are one here, "encoder." and "decoder." before their names.
+        ema: the averages of the weights, where a file has both.
         align_corners: in place of the family's own, where nothing in the file says (`Layout.assumed`).
         bins: the same; needed where there are not four levels.
         dilation: the same.
@@ -58,13 +62,14 @@ def detect(
         CheckpointError: no known layout (the nearest is named, and what differs), or names or shapes that are no network.
         ValueError: a setting that is known to be another.
     """
-    return recognise(state_dict, align_corners=align_corners, bins=bins, dilation=dilation).layout
+    return recognise(state_dict, ema, align_corners=align_corners, bins=bins, dilation=dilation).layout
 
 
-def recognise(checkpoint: Mapping[str, Any], **overrides: object) -> Recognised:
+def recognise(checkpoint: Mapping[str, Any], ema: bool = False, **overrides: object) -> Recognised:
     """As `detect`, with the tensors by our names."""
-    tensors = bare_state_dict(checkpoint)
-    family, names = _family_of(tensors)
+    inside = unwrapped(checkpoint, ema)
+    part = _family_of(inside, ema)
+    family, names, tensors = part.family, part.names, part.tensors
     recipe = _recipe(checkpoint)
     state = {ours: tensors[name] for name, ours in names.ours.items()}
     theirs = {ours: name for name, ours in names.ours.items()}
@@ -76,7 +81,8 @@ def recognise(checkpoint: Mapping[str, Any], **overrides: object) -> Recognised:
     idle = [name for name in state if (k := _stage(name)) and k > layout.stages] if not family.dilates else []
     for name in idle:
         del state[name]
-    layout = replace(layout, dropped=(*names.dropped, *(theirs.pop(name) for name in idle)))
+    dropped = (*names.dropped, *(theirs.pop(name) for name in idle), *part.beside)
+    layout = replace(layout, dropped=dropped, unwrapped=(*inside.found, *part.found))
     given = {name: value for name, value in overrides.items() if value is not None}
     layout = _overridden(layout.normal(), given).normal()
     _check_shapes(family, layout, state, theirs)
@@ -85,23 +91,88 @@ def recognise(checkpoint: Mapping[str, Any], **overrides: object) -> Recognised:
     return Recognised(layout, state, theirs)
 
 
-def _family_of(tensors: Mapping[str, torch.Tensor]) -> tuple[Family, Names]:
+class _Part(NamedTuple):
+    """Of a state_dict, what is a family's.
+
+    Attributes:
+        family: whose names they are.
+        names: its names, sorted out.
+        tensors: by these names.
+        found: what was left out before the names, and which weights these are, in sentences.
+        beside: names of what is no part of the network.
+    """
+
+    family: Family
+    names: Names
+    tensors: Mapping[str, torch.Tensor]
+    found: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+def _family_of(inside: Unwrapped, ema: bool) -> _Part:
+    """The family whose names these are, as they stand, or behind a first part such as Lightning's "model."."""
+    state = inside.state
+    fitting = _fitting(state)
+    if fitting is None:
+        parts = {prefix: part for prefix in first_parts(state) if (part := _behind(prefix, state)) is not None}
+        averages = {prefix: part for prefix, part in parts.items() if is_average(prefix)}
+        plain = {prefix: part for prefix, part in parts.items() if prefix not in averages}
+        chosen = averages if averages and (ema or not plain) else plain
+        if len(chosen) > 1:
+            raise CheckpointError(
+                f"there are {len(chosen)} networks, under {', '.join(map(repr, chosen))}: save one alone"
+            )
+        if chosen:
+            ((prefix, fitting),) = chosen.items()
+            sentences = [f"names without {prefix!r}"]
+            if averages and plain:
+                other = "weights" if ema else "averages"
+                sentences.append(f"there are {other}, too, under {' and '.join(map(repr, plain if ema else averages))}")
+            fitting = fitting._replace(found=(*fitting.found, *sentences))
+            say("checkpoint", Unwrapped(state, tuple(sentences), choice=bool(averages and plain)))
+            inside = inside._replace(averaged=True) if chosen is averages else inside
+    if fitting is None:
+        raise _no_family(state)
+    if ema and not inside.averaged:
+        raise CheckpointError("--ema (ema=True): there are no averages beside the weights in this file")
+    return fitting
+
+
+def _behind(prefix: str, state: OrderedDict[str, torch.Tensor]) -> _Part | None:
+    """The network behind a part that all names begin with, or some: then a whole one, with head and classifier."""
+    behind = OrderedDict((name, tensor) for name, tensor in state.items() if name.startswith(prefix))
+    beside = tuple(name for name in state if name not in behind)
+    inner = without_prefix(behind, prefix)
+    fitting = _fitting(inner)
+    if fitting is None and (further := common_part(inner)):
+        fitting = _behind(further, inner)
+    if fitting is None or (beside and not {"cls.0.weight", "cls.4.weight"} <= {*fitting.names.ours.values()}):
+        return None
+    return fitting._replace(beside=(*fitting.beside, *beside))
+
+
+def _fitting(tensors: Mapping[str, torch.Tensor]) -> _Part | None:
+    """The family all names are of, if there is one."""
     found = [(family, family.to_ours(tensors)) for family in FAMILIES]
     fitting = [(family, names) for family, names in found if names.ours and not names.strange]
     if len(fitting) > 1:  # a ResNet's own names are torchvision's and semseg's: the stem tells
         deep = "conv2.weight" in tensors
         fitting = [(family, names) for family, names in fitting if deep == ("deep" in family.stems)] or fitting
-    if fitting:
-        return fitting[0]
+    return _Part(*fitting[0], tensors) if fitting else None
+
+
+def _no_family(tensors: Mapping[str, torch.Tensor]) -> CheckpointError:
+    """Which family is nearest, and what differs."""
+    found = [(family, family.to_ours(tensors)) for family in FAMILIES]
     nearest, names = max(found, key=lambda pair: len(pair[1].ours))
     if not names.ours:
         libraries = ", ".join(dict.fromkeys(family.library for family in FAMILIES))
         hint = ": CSAIL's decoder is loaded together with its encoder" if "conv_last.0.weight" in tensors else ""
-        raise CheckpointError(f"no known layout ({libraries}): the names begin with {_some([*tensors])}{hint}")
+        return CheckpointError(f"no known layout ({libraries}): the names begin with {_some([*tensors])}{hint}")
     there = {*names.ours.values()}
     absent = [name for name in _ALWAYS if name not in there]
     lacks = f"; it lacks {_some(list(nearest.to_theirs(absent).values()))}" if absent else ""
-    raise CheckpointError(
+    return CheckpointError(
         f"no known layout: the nearest is that of {nearest.library}, which has {len(names.ours)} of {len(tensors)} names, "
         f"but not {len(names.strange)}: {_some(names.strange)}{lacks}"
     )
@@ -146,10 +217,13 @@ def _layout(
         return state[name].shape
 
     width = shape("layer1.0.conv1.weight")[0]
+    _check_blocks(family, state, theirs)
+    first = shape("layer0.0.weight")
     read: dict[str, Any] = {
         "layers": said.get("layers") or _layers(family, state),
         "width": width,
-        "stem": _stem(family, shape("layer0.0.weight"), width),
+        "stem": _stem(family, first, width),
+        "in_channels": first[1],
         "x_last": family.x_last,
     }
     aux = "aux.4.weight" in state
@@ -210,6 +284,23 @@ def _stage(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def _check_blocks(family: Family, state: Mapping[str, torch.Tensor], theirs: Mapping[str, str]) -> None:
+    """The first block is a ResNet's: its 3x3 convolution reads all channels, and the last makes four times as many."""
+    names = [f"layer1.0.conv{i}.weight" for i in (1, 2, 3)]
+    if any(name not in state or state[name].dim() != 4 for name in names):
+        return  # basic blocks, or what `_check_shapes` names
+    inner, grouped, outer = (tuple(state[name].shape) for name in names)
+    if grouped[1] != inner[0] and grouped[1] and grouped[0] % grouped[1] == 0:
+        kind = (
+            f"a ResNeXt, of {grouped[0] // grouped[1]} groups of {grouped[1]} channels ({theirs[names[1]]!r} {grouped})"
+        )
+    elif outer[0] != 4 * inner[0]:
+        kind = f"a wide ResNet, whose blocks are {inner[0]} channels wide for {outer[0]} ({theirs[names[2]]!r} {outer})"
+    else:
+        return
+    raise CheckpointError(f"{family.library}: the backbone is {kind}: only ResNets as in their paper are read")
+
+
 def _stem(family: Family, first: torch.Size, width: int) -> Stem:
     channels, _, kernel = first[:3]
     stems: dict[tuple[int, int], Stem] = {(7, width): "plain", (3, width): "deep", (3, width // 2): "v1c"}
@@ -242,7 +333,10 @@ def _overridden(layout: Layout, given: Mapping[str, Any]) -> Layout:
 
 def _check_shapes(family: Family, layout: Layout, state: Mapping[str, torch.Tensor], theirs: Mapping[str, str]) -> None:
     """The network that was read has these tensors and no others; batch counters may be absent, as in old files."""
-    wanted = layout.shapes()
+    try:
+        wanted = layout.shapes()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{layout.library}: what its file says of the network is none: {error}") from error
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     extra = [theirs[name] for name in state if name not in wanted and not name.startswith("fc.")]
     unlike = [

@@ -31,6 +31,7 @@ def load_checkpoint(
     align_corners: bool | None = None,
     bins: Sequence[int] | None = None,
     dilation: Dilation | None = None,
+    ema: bool = False,
 ) -> PSPNet:
     """A PSPNet with the weights of a checkpoint, which may be of semseg, mmseg, segmentation_models_pytorch, Tramac,
     PyTorch-Encoding, CSAIL or this library.
@@ -47,6 +48,8 @@ def load_checkpoint(
         align_corners: where the weights do not say, in place of the family's own (see `detect`).
         bins: the same.
         dilation: the same.
+        ema: the exponential averages of the weights, where the file has both ("state_dict_ema", "model_ema" and the like);
+            otherwise the weights are taken, and a warning says that there are averages.
 
     Returns:
         The model.
@@ -57,7 +60,7 @@ def load_checkpoint(
             number of classes.
         ValueError: a setting that is known to be another.
     """
-    found = recognise(read(path), align_corners=align_corners, bins=bins, dilation=dilation)
+    found = recognise(read(path), ema, align_corners=align_corners, bins=bins, dilation=dilation)
     where = _shown(path)
     if model is None:
         return built(found, _classes(reset_classifier, classes))

@@ -9,23 +9,20 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..files import replacing
 from .archive import ZIP, RefusedError, dry_run, names_in, verified
 from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
+from .unwrap import Unwrapped, UnwrapError, common_part, say, unwrap, without_prefix
 
 FORMAT = "pspnet_fast"
 """The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -131,24 +128,29 @@ def write_checkpoint(
             raise OSError(" ".join(str(reason).split())) from reason
 
 
-def bare_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """The names and tensors inside a checkpoint: the dictionary under "state_dict" or "model" where there is one,
-    without the prefix that `DistributedDataParallel` ("module.") or `torch.compile` ("_orig_mod.") puts before names.
+def bare_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> Mapping[str, torch.Tensor]:
+    """The names and tensors inside a checkpoint: the dictionary under "state_dict", "model" and the like where there is one,
+    without what `DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), FSDP and `AveragedModel` add to names.
+
+    Args:
+        checkpoint: a state_dict, or the dictionary of a file that has one in it.
+        ema: the averages, where there are weights and averages of them ("ema", "state_dict_ema" and the like).
     """
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"a state_dict must be a mapping, got {type(checkpoint).__name__}")
-    for name in _WRAPPERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-    for name, value in checkpoint.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"a state_dict maps names to tensors, got {type(value).__name__} under {name!r}")
-    bare: OrderedDict[str, Any] = OrderedDict(checkpoint)
-    if hasattr(checkpoint, "_metadata"):
-        bare._metadata = copy(checkpoint._metadata)  # type: ignore[attr-defined]
-    while prefix := next((p for p in _PREFIXES if bare and all(name.startswith(p) for name in bare)), None):
-        consume_prefix_in_state_dict_if_present(bare, prefix)
-    return bare
+    return unwrapped(checkpoint, ema).state
+
+
+def unwrapped(checkpoint: Mapping[str, Any], ema: bool = False) -> Unwrapped:
+    """As `bare_state_dict`, with what was chosen, which is logged.
+
+    Raises:
+        CheckpointError: it holds other things than tensors.
+    """
+    try:
+        inside = unwrap(checkpoint, ema)
+    except UnwrapError as error:
+        raise CheckpointError(str(error)) from error
+    say("checkpoint", inside)
+    return inside
 
 
 class Loadable(nn.Module):
@@ -156,13 +158,16 @@ class Loadable(nn.Module):
 
     optional_prefixes: ClassVar[tuple[str, ...]] = ()
     """Parts that may be absent, as a whole, from the checkpoint or from the module."""
+    first_convolution: ClassVar[str | None] = None
+    """The name of the weight that reads the images."""
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
         """Load a checkpoint as `bare_state_dict` understands it.
 
-        As `nn.Module.load_state_dict`, with these differences: nothing is copied unless everything fits; also where
+        As `nn.Module.load_state_dict`, with these differences: a part that all names begin with is left out, where no name is
+        the module's with it (Lightning's "model."); nothing is copied unless everything fits; also where
         `strict`, the parts named in `optional_prefixes` may be absent on either side, and `num_batches_tracked` from
         the checkpoint (files older than PyTorch 0.4.1 lack it). Absent names are in the returned `missing_keys`,
         left-over ones in `unexpected_keys`.
@@ -170,8 +175,8 @@ class Loadable(nn.Module):
         Raises:
             CheckpointError: shapes differ or, where `strict`, keys are missing or unexpected. It lists all of them.
         """
-        given = bare_state_dict(state_dict)
         own = self.state_dict()
+        given = _without_common_part(bare_state_dict(state_dict), own)
         missing = [name for name in own if name not in given]
         unexpected = [name for name in given if name not in own]
         lists = {
@@ -188,9 +193,22 @@ class Loadable(nn.Module):
             raise CheckpointError(
                 f"{type(self).__name__}: the checkpoint does not fit, nothing was loaded"
                 + "".join(f"\n  {len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+                + self._of_other_images(given)
             )
         super().load_state_dict(given, strict=False, assign=assign)
         return _IncompatibleKeys(missing, unexpected)
+
+    def _of_other_images(self, given: Mapping[str, torch.Tensor]) -> str:
+        """A sentence where the checkpoint is for images of another number of channels."""
+        name = self.first_convolution
+        weights = [state[name] for state in (given, self.state_dict()) if name is not None and name in state]
+        if [each.dim() for each in weights] != [4, 4] or weights[0].shape[1] == weights[1].shape[1]:
+            return ""
+        theirs, ours = (each.shape[1] for each in weights)
+        return (
+            f"\n  the checkpoint is for images of {theirs} channels and the network for {ours}: PSPNet(in_channels={theirs}) is "
+            "its network. Recipes, `predict`, `evaluate` and `train` know images of 3 channels alone"
+        )
 
     def _not_optional(self, names: Iterable[str], other_side: Iterable[str]) -> list[str]:
         absent = tuple(p for p in self.optional_prefixes if not any(name.startswith(p) for name in other_side))
@@ -199,3 +217,10 @@ class Loadable(nn.Module):
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
+
+
+def _without_common_part(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    state = cast("OrderedDict[str, torch.Tensor]", given)
+    while (part := common_part(state)) and not any(name in own for name in state):
+        state = without_prefix(state, part)
+    return state if any(name in own for name in state) else given
