@@ -16,7 +16,7 @@ from ..models.unwrap import Unwrapped, common_part, first_parts, is_average, say
 from .csail import CSAIL
 from .encoding import ENCODING
 from .family import Family, Names
-from .layout import Layout, known_settings
+from .layout import MOST_BINS, Layout, are_bins, check_settings, known_settings
 from .mmseg import MMSEG, MMSEG_B, MMSEG_BACKBONE
 from .semseg import SEMSEG, SEMSEG_BACKBONE
 from .smp import SMP
@@ -197,7 +197,9 @@ def _config(checkpoint: Mapping[str, Any], family: Family) -> dict[str, Any]:
         and isinstance(meta, Mapping)
         and isinstance(text := meta.get("config", meta.get("cfg")), str)
     ):
-        return family.read_config(text)
+        said = family.read_config(text)
+        check_settings(f"{family.library}'s configuration", said)
+        return said
     return {}
 
 
@@ -317,6 +319,8 @@ def _overridden(layout: Layout, given: Mapping[str, Any]) -> Layout:
     for name, value in given.items():
         if name == "bins":
             value = tuple(value)
+        if name == "bins" and not are_bins(value):
+            raise ValueError(f"{layout.library}: bins must be from 1 to {MOST_BINS} each, got {value}")
         if name == "bins" and len(value) != len(layout.bins):
             raise ValueError(f"{layout.library}: bins must be {len(layout.bins)}, as there are levels, got {value}")
         if name not in layout.assumed and getattr(layout, name) != value:

@@ -22,7 +22,8 @@ class Layout:
     Attributes:
         family: of the names, as the command line has it.
         library: the same, as sentences have it.
-        layers, width, stem, in_channels, stages, output_stride, dilation, dilate_second: of the backbone, see `ResNet` and `PSPNet`.
+        layers, width, stem, in_channels, stages, output_stride, dilation, dilate_second: of the backbone, see `ResNet` and
+            `PSPNet`.
         bins, align_corners, kernel_sizes, bin1_norm, pooling, reduction, reduction_channels, bottleneck_channels,
             aux_channels: of the rest, see `PSPNet`.
         x_last: whether the checkpoint's bottleneck reads the levels and then x; ours reads x first, and its weight is turned.
@@ -204,6 +205,8 @@ SETTINGS = (
 _OF_BACKBONE = ("layers", "width", "stem", "in_channels")
 
 _MOST_CHANNELS = 1 << 16
+MOST_CLASSES = 1 << 16
+"""As many as labels of 16 bits tell apart."""
 MOST_BINS = 1024
 """Cells along an axis of a level, far past any feature map's."""
 
@@ -270,10 +273,19 @@ def known_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings of the network."""
     values = {name: recipe[name] for name in SETTINGS if name in recipe}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    check_settings("the recipe in the file", values)
+    return values
+
+
+def check_settings(where: str, values: Mapping[str, Any]) -> None:
+    """See that what a file says of a network can be.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
     for name, value in values.items():
         if not _POSSIBLE[name](value):
-            raise CheckpointError(f"the recipe in the file: {name} cannot be {_short(value)}")
-    return values
+            raise CheckpointError(f"{where}: {name} cannot be {_short(value)}")
 
 
 def _short(value: object) -> str:

@@ -38,7 +38,7 @@ def _read_config(text: str) -> dict[str, Any]:
         found["dilation"] = "full"  # the default of its ResNet, which its PSPNets' configurations replace
     scales = set(re.findall(r"\bpool_scales\s*=\s*[(\[]([\d\s,]+)[)\]]", text))
     if len(scales) == 1:
-        found["bins"] = tuple(int(scale) for scale in re.findall(r"\d+", scales.pop()))
+        found["bins"] = tuple(int(scale) for scale in re.findall(r"\d{1,9}", scales.pop()))
     return found
 
 

@@ -10,7 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, cast
+from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..files import replacing
 from .archive import ZIP, RefusedError, dry_run, names_in, verified
 from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
-from .unwrap import Unwrapped, UnwrapError, common_part, say, unwrap, without_prefix
+from .unwrap import UnwrapError, Unwrapped, common_part, say, unwrap, without_prefix
+
+_Module = TypeVar("_Module", bound="Loadable")
 
 FORMAT = "pspnet_fast"
 """The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
@@ -206,8 +208,8 @@ class Loadable(nn.Module):
             return ""
         theirs, ours = (each.shape[1] for each in weights)
         return (
-            f"\n  the checkpoint is for images of {theirs} channels and the network for {ours}: PSPNet(in_channels={theirs}) is "
-            "its network. Recipes, `predict`, `evaluate` and `train` know images of 3 channels alone"
+            f"\n  the checkpoint is for images of {theirs} channels and the network for {ours}: PSPNet(in_channels={theirs}) "
+            "is its network. Recipes, `predict`, `evaluate` and `train` know images of 3 channels alone"
         )
 
     def _not_optional(self, names: Iterable[str], other_side: Iterable[str]) -> list[str]:
@@ -217,6 +219,30 @@ class Loadable(nn.Module):
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
+
+
+def fitted(build: Callable[[], _Module], checkpoint: Mapping[str, Any]) -> _Module:
+    """A module with a checkpoint's weights, which is made when they are known to fit, and not before.
+
+    Settings in a small file may be those of a network that takes minutes and all memory to make.
+
+    Args:
+        build: makes the module, with random weights.
+        checkpoint: as for `Loadable.load_state_dict`.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+    """
+    state = bare_state_dict(checkpoint)
+    with torch.device("meta"):
+        try:
+            sketch = build()
+        except RuntimeError as error:
+            raise CheckpointError(f"there is no network of the settings in the checkpoint: {error}") from error
+        sketch.load_state_dict(state)
+    module = build()
+    module.load_state_dict(state)
+    return module
 
 
 def _without_common_part(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -101,7 +101,7 @@ def unwrap(checkpoint: Mapping[str, Any], ema: bool = False) -> Unwrapped:
 
 
 def _exchanged(checkpoint: Mapping[str, Any]) -> bool:
-    """MMEngine saves the averages under "state_dict", for those who know of no other, and the weights under "ema_state_dict"."""
+    """MMEngine saves averages under "state_dict", for those who know of no other, and weights under "ema_state_dict"."""
     meta = checkpoint.get("meta")
     return "ema_state_dict" in checkpoint and isinstance(meta, Mapping) and "mmengine_version" in meta
 
