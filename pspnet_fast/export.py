@@ -254,7 +254,7 @@ def _folded(weight: torch.Tensor, norm: _BatchNorm | None) -> tuple[torch.Tensor
 
 
 class Exportable(nn.Module):
-    """What `exportable` returns: image (N, in_channels, H, W) to logits (N, K, h, w), or labels (N, h, w) as `PSPNet.predict`."""
+    """What `exportable` returns: image (N, in_channels, H, W) to logits (N, K, h, w), or labels (N, h, w) as `predict`."""
 
     def __init__(self, net: PSPNet, size: tuple[int, int] | None, head: Head, output: Output) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+from typing import IO, Any, BinaryIO, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
@@ -124,10 +124,29 @@ def write_checkpoint(
 ) -> None:
     """`torch.save` as a file that appears whole or not at all; see `files.replacing` for `error` and `keep`."""
     with replacing(path, error, keep) as temporary, temporary.open("wb") as file:
+        recorder = _Recorder(file)
         try:
-            torch.save(dict(content), file)
-        except RuntimeError as reason:  # how torch's writer says that a write came up short
-            raise OSError(" ".join(str(reason).split())) from reason
+            torch.save(dict(content), cast("IO[bytes]", recorder))
+        except RuntimeError as reason:  # how torch's writer says that a write came up short, and not why
+            raise recorder.failed or OSError(" ".join(str(reason).split())) from reason
+
+
+class _Recorder:
+    """A file to write to, which remembers why it could not be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def bare_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> Mapping[str, torch.Tensor]:
@@ -177,8 +196,14 @@ class Loadable(nn.Module):
         Raises:
             CheckpointError: shapes differ or, where `strict`, keys are missing or unexpected. It lists all of them.
         """
+        given = _without_common_part(bare_state_dict(state_dict), self.state_dict())
+        keys = self.check_fit(given, strict)
+        super().load_state_dict(given, strict=False, assign=assign)
+        return keys
+
+    def check_fit(self, given: Mapping[str, torch.Tensor], strict: bool = True) -> _IncompatibleKeys:
+        """What `load_state_dict` asks of bare names and tensors before it copies any. Returns what it does."""
         own = self.state_dict()
-        given = _without_common_part(bare_state_dict(state_dict), own)
         missing = [name for name in own if name not in given]
         unexpected = [name for name in given if name not in own]
         lists = {
@@ -197,7 +222,6 @@ class Loadable(nn.Module):
                 + "".join(f"\n  {len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
                 + self._of_other_images(given)
             )
-        super().load_state_dict(given, strict=False, assign=assign)
         return _IncompatibleKeys(missing, unexpected)
 
     def _of_other_images(self, given: Mapping[str, torch.Tensor]) -> str:
@@ -239,7 +263,7 @@ def fitted(build: Callable[[], _Module], checkpoint: Mapping[str, Any]) -> _Modu
             sketch = build()
         except RuntimeError as error:
             raise CheckpointError(f"there is no network of the settings in the checkpoint: {error}") from error
-        sketch.load_state_dict(state)
+    sketch.check_fit(_without_common_part(state, sketch.state_dict()))
     module = build()
     module.load_state_dict(state)
     return module
