@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from .checkpoints.detect import Recognised, recognise
-from .checkpoints.layout import MOST_BINS, MOST_CLASSES, Layout, are_bins, layout_of
+from .checkpoints.layout import Layout, layout_of
 from .checkpoints.load import OF_A_FOLDER, built, read
+from .checkpoints.settings import MOST_BINS, MOST_CLASSES, are_bins
 from .checkpoints.write import TARGETS, Written, written
 from .data import normalisation
 from .files import check_target, replacing

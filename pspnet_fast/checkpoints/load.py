@@ -14,7 +14,8 @@ from ..models.pspnet import PSPNet
 from ..models.resnet import Dilation
 from .csail import put_together
 from .detect import Recognised, recognise
-from .layout import MOST_CLASSES, differences, layout_of
+from .layout import differences, layout_of
+from .settings import MOST_CLASSES
 
 CheckpointPath = str | os.PathLike[str]
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the shapes people have: wrapped, averaged, of other images, of other backbones, with settings that cannot be."""
+"""Checkpoints in the shapes people have: wrapped, averaged, of other images and backbones, with settings that cannot be."""
 
 import logging
 from functools import cache
