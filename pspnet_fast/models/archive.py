@@ -260,7 +260,9 @@ class DryRun(pickle._Unpickler):  # the one in C sets aside as much memory as a 
         numel = math.prod(size)
         end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if numel else 0
         if max(numel, end) > storage.numel:
-            raise RefusedError(f"a tensor of {tuple(size)} that has {storage.numel} elements in the file")
+            raise RefusedError(
+                f"a tensor of size {tuple(size)} and strides {tuple(stride)} in a storage of {storage.numel} elements"
+            )
         self.viewed += numel * storage.itemsize
         return TensorStub()
 

@@ -108,7 +108,8 @@ def patched(data, name, offset, value, local=False):
     ("offset", "value", "local", "words"),
     [
         (8, b"\x09\x08", False, "do not agree"),  # encrypted: torch returns memory as it found it
-        (8, b"\x09\x08", True, "do not agree"),
+        (6, b"\x09\x08", True, "do not agree"),
+        (8, b"\x08\x00", True, "do not agree"),
         (38, b"\x10", False, "do not agree"),  # a directory: the same
         (10, b"\x08", False, "is compressed"),
         (24, b"\x10\x00", False, "is compressed"),  # its size, and stored in as many bytes as before
@@ -118,6 +119,32 @@ def patched(data, name, offset, value, local=False):
 def test_headers_that_disagree(tmp_path, offset, value, local, words):
     data = bytes_of(content())
     refused(tmp_path / "w.pth", patched(data, b"archive/data/0", offset, value, local), words)
+
+
+def test_both_headers_of_an_encrypted_entry(tmp_path):
+    data = patched(bytes_of(content()), b"archive/data/0", 8, b"\x09\x08")
+    refused(tmp_path / "w.pth", patched(data, b"archive/data/0", 6, b"\x09\x08", local=True), "do not agree")
+
+
+def test_an_entry_inside_of_another(tmp_path):
+    """With a header and a checksum of its own, in another's bytes: sizes would add up to more than the file."""
+
+    def packed(entries):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, value in entries:
+                archive.writestr(zipfile.ZipInfo(name), value)
+        return file.getvalue()
+
+    inner = packed([("archive/b", b"12345678")])
+    inner = inner[: directory_of(inner)]
+    data = packed([("archive/data.pkl", b"N."), ("archive/a", inner), ("archive/b", b"12345678")])
+    at = data.index(b"archive/b", directory_of(data)) - 46 + 42
+    refused(
+        tmp_path / "w.pth",
+        data[:at] + struct.pack("<L", data.index(inner)) + data[at + 4 :],
+        "b lies over another entry",
+    )
 
 
 def rewritten(data, change, **options):
@@ -204,8 +231,8 @@ def resized(data, numel):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (lambda: bytes_of(expanded()), r"a tensor of \(1048576,\) that has 1 elements in the file"),
-        (lambda: bytes_of(expanded(), _use_new_zipfile_serialization=False), "that has 1 elements in the file"),
+        (lambda: bytes_of(expanded()), r"a tensor of size \(1048576,\) and strides \(0,\) in a storage of 1 elements"),
+        (lambda: bytes_of(expanded(), _use_new_zipfile_serialization=False), "in a storage of 1 elements"),
         (lambda: bytes_of({"w": Made(torch.Tensor, 3_000_000_000)}), r"it calls torch\.Tensor"),
         (lambda: bytes_of({"w": Made(torch.FloatTensor, 3_000_000_000)}), r"it calls torch\.FloatTensor"),
         (
@@ -232,7 +259,13 @@ def test_the_legacy_format_too(tmp_path):
     """There PyTorch makes a storage as large as the tensor says, of memory as it found it."""
     data = bytes_of({"w": torch.zeros(12)}, _use_new_zipfile_serialization=False)
     path = tmp_path / "w.pth"
-    refused(path, data.replace(b"K\x0c\x85", b"J\x00\x00\x00\x40\x85"), r"a tensor of \(1073741824,\) that has 12")
+    refused(
+        path,
+        data.replace(b"K\x0c\x85", b"J\x00\x00\x00\x40\x85"),
+        r"a tensor of size \(1073741824,\) .* of 12 elements",
+    )
+    wide = data.replace(b"K\x01\x85", b"J\x00\x00\x10\x00\x85")
+    refused(path, wide, r"strides \(1048576,\) in a storage of 12 elements")
     huge = data.replace(b"K\x0c", b"J\x00\x00\x00\x40")
     refused(path, huge, "storage '[0-9]+' of 4294967296 bytes, for which the file has")
 
