@@ -17,7 +17,7 @@ from .data.classes import CLASSES, Classes
 from .data.datasets import IGNORED, Dataset, find_dataset
 from .data.scenes import SCENES
 from .data.transforms import Augmentation
-from .models.checkpoint import CheckpointError, read_checkpoint
+from .models.checkpoint import CheckpointError, fitted, read_checkpoint
 from .models.pspnet import PSPNet, Stages
 from .models.resnet import Dilation, Stem
 from .nn.losses import UpsampleCrossEntropyLoss
@@ -303,14 +303,12 @@ def trained_network(weights: Path, recipe: Recipe) -> tuple[PSPNet, Recipe]:
         if differing := differing_settings(recipe, content["recipe"]):
             _LOG.warning("%s: the network is the snapshot's: %s", weights, ", ".join(differing))
         return net, dataclasses.replace(recipe, **{name: getattr(saved, name) for name in NETWORK[2:]})
-    net = dataclasses.replace(recipe, backbone=None).network(aux=False)
-    net.load_state_dict(content)
-    return net.eval(), recipe
+    plain_recipe = dataclasses.replace(recipe, backbone=None)
+    return fitted(lambda: plain_recipe.network(aux=False), content).eval(), recipe
 
 
 def snapshot_network(content: Mapping[str, Any]) -> tuple[PSPNet, Recipe]:
     """The network of a training's snapshot, in evaluation mode and without auxiliary head, and the recipe of the training."""
     recipe = recipe_of(content["recipe"])
-    net = dataclasses.replace(recipe, backbone=None).network(aux=False)
-    net.load_state_dict(content)
-    return net.eval(), recipe
+    plain_recipe = dataclasses.replace(recipe, backbone=None)
+    return fitted(lambda: plain_recipe.network(aux=False), content).eval(), recipe

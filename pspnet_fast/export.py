@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import io
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_map_size
 from .data import normalisation
-from .files import replacing
+from .files import check_target, replacing
 from .geometry import bin_end, bin_start
 from .models.checkpoint import FORMAT
 from .models.pspnet import PSPNet
@@ -50,6 +51,8 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 OPSET = 18
 AXES = {0: "batch", 2: "height", 3: "width"}
 TRACED_SIZE = (97, 129)
+MOST_PIXELS = 1 << 13
+"""Along a side of an exported network's images."""
 TOLERANCE = 1e-4
 """How far a file's logits may be from the network's, in units of the largest logit where that is above 1."""
 
@@ -251,21 +254,21 @@ def _folded(weight: torch.Tensor, norm: _BatchNorm | None) -> tuple[torch.Tensor
 
 
 class Exportable(nn.Module):
-    """What `exportable` returns: image (N, 3, H, W) to logits (N, K, h, w), or to labels (N, h, w) as `PSPNet.predict`."""
+    """What `exportable` returns: image (N, in_channels, H, W) to logits (N, K, h, w), or labels (N, h, w) as `predict`."""
 
     def __init__(self, net: PSPNet, size: tuple[int, int] | None, head: Head, output: Output) -> None:
         super().__init__()
         net = _sharing_copy(net)
         cls, ppm = [*net.cls], net.ppm if net.use_ppm else None
         like = next(net.cls.parameters())
-        self.zoom_factor, self.output = net.zoom_factor, output
+        self.zoom_factor, self.output, self.in_channels = net.zoom_factor, output, net.in_channels
         for name in ("ppm", "cls", "aux", "criterion"):
             setattr(net, name, None)
         self.trunk = net
         coarse: Sequence[int] = ()
         if size is not None:
             with torch.no_grad():
-                coarse = net.features(like.new_zeros(1, 3, *size))[1].shape[2:]
+                coarse = net.features(like.new_zeros(1, net.in_channels, *size))[1].shape[2:]
         self.head: nn.Module | None = None
         if ppm is not None:
             maxima = _pools_maxima(ppm)
@@ -317,13 +320,13 @@ def exportable(
         output: "logits", or "labels".
 
     Shapes:
-        image (N, 3, H, W), normalised, to logits (N, K, h, w) of `PSPNet.forward`'s size, or labels (N, h, w), uint8 where
-        K <= 256, else int64.
+        image (N, in_channels, H, W), normalised, to logits (N, K, h, w) of `PSPNet.forward`'s size, or labels (N, h, w),
+        uint8 where K <= 256, else int64.
 
     Raises:
         TypeError: `net` is no PSPNet, or not in float32.
-        ValueError: what cannot be exported, in a sentence: maximum pooling of any size, hooks, a factorised bottleneck
-            that is no plain convolution.
+        ValueError: what cannot be exported, in a sentence: weights that are NaN or infinite, maximum pooling of any size,
+            hooks, a factorised bottleneck that is no plain convolution.
     """
     if not isinstance(net, PSPNet):
         raise TypeError(f"export: net must be a PSPNet, got {type(net).__name__}")
@@ -334,6 +337,9 @@ def exportable(
         size = check_map_size("export", size)
     if other := {parameter.dtype for parameter in net.parameters()} - {torch.float32}:
         raise TypeError(f"export: net must be in float32, got {', '.join(map(str, other))}: net.float() makes it so")
+    if broken := [name for name, each in net.state_dict().items() if not each.isfinite().all()]:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"export: weights must be finite, got NaN or infinity in {', '.join(broken[:3])}{more}")
     if reason := _not_exportable(net, size, head):
         raise ValueError(f"export: {reason}")
     return Exportable(net, size, head, output).eval()
@@ -373,13 +379,14 @@ def export(
     dynamic: bool = False,
     head: Head = "factorised",
     output: Output = "logits",
+    overwrite: bool = True,
 ) -> list[str]:
     """Write the network as a file that needs no pspnet_fast, after it was read back and compared with the network.
 
-    The input is "image" (N, 3, H, W), normalised by the mean and standard deviation in the file's metadata; the output is
-    "logits" or "labels" (see `exportable`). Logits agree to `TOLERANCE`, of the largest logit where that is above 1; a label
-    is one whose logit is no further than twice that below the largest. The file appears under its name when all of this
-    holds, not before.
+    The input is "image" (N, in_channels, H, W), normalised by the mean and standard deviation in the file's metadata; the
+    output is "logits" or "labels" (see `exportable`). Logits agree to `TOLERANCE`, of the largest logit where that is above 1;
+    a label is one whose logit is no further than twice that below the largest. The file appears under its name when all of
+    this holds, not before.
 
     Args:
         net: the network, in float32 on the CPU; it is not changed.
@@ -390,6 +397,7 @@ def export(
         dynamic: whether any batch, H and W will do.
         head: see `exportable`.
         output: see `exportable`.
+        overwrite: whether a file that is there may be replaced.
 
     Returns:
         Lines of a report: what was written, and what it was compared with. ONNX is compared where onnxruntime is installed;
@@ -402,16 +410,7 @@ def export(
         OSError: the file cannot be written; what was there is untouched.
     """
     path = Path(path)
-    if format not in get_args(Format):
-        raise ValueError(f"export: format must be one of {', '.join(get_args(Format))}, got {format!r}")
-    suffix = ".onnx" if format == "onnx" else ".pt2"
-    if path.suffix != suffix:
-        raise ValueError(f"{path}: a file of format {format} must end in {suffix}")
-    if size is None:
-        if not dynamic:
-            raise ValueError("export: size must be given, (H, W), unless dynamic, got None")
-        size = TRACED_SIZE
-    size = check_map_size("export", size)
+    size = _check_file(path, format, size, dynamic, overwrite)
     module = exportable(net, None if dynamic else size, head, output)
     if device := {tensor.device.type for tensor in module.state_dict().values()} - {"cpu"}:
         raise ValueError(f"export: net must be on the CPU, got {', '.join(device)}")
@@ -421,15 +420,16 @@ def export(
         "version": version("pspnet_fast"),
         "classes": str(net.cls[-1].out_channels),
         "align_corners": json.dumps(net.align_corners),
-        "normalisation": normalisation.JSON,
     }
+    if net.in_channels == 3:  # of other images nothing is known
+        metadata["normalisation"] = normalisation.JSON
     with replacing(path) as temporary:
         program = _traced(module, size, dynamic)
         if onnx is not None:
             _write_onnx(onnx, program, temporary, output, metadata)
             run = _onnxruntime(temporary)
         elif format == "pt2":
-            torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata)})
+            _write_pt2(program, temporary, metadata)
             run = torch.export.load(temporary).module()
         else:
             run = _compiled(program, temporary, metadata)
@@ -444,10 +444,41 @@ def export(
     ]
 
 
+def _check_file(
+    path: Path,
+    format: Format,  # noqa: A002
+    size: tuple[int, int] | None,
+    dynamic: bool,
+    overwrite: bool,
+) -> tuple[int, int]:
+    """See that the file can be written, before the work. Returns the size that the network is traced at."""
+    if format not in get_args(Format):
+        raise ValueError(f"export: format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    suffix = ".onnx" if format == "onnx" else ".pt2"
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: a file of format {format} must end in {suffix}")
+    if size is None:
+        if not dynamic:
+            raise ValueError("export: size must be given, (H, W), unless dynamic, got None")
+        size = TRACED_SIZE
+    size = check_map_size("export", size)
+    if max(size) > MOST_PIXELS:
+        raise ValueError(f"export: size must be at most {MOST_PIXELS} along each side, got {size}")
+    check_target(path, overwrite=overwrite)
+    return size
+
+
+def _write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """By way of memory: where the disk is full, torch's writer ends the process."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+    path.write_bytes(file.getbuffer())
+
+
 def _traced(module: Exportable, size: tuple[int, int], dynamic: bool) -> ExportedProgram:
     """The module as a graph of torch's own operators, whose axes are as free as they were asked to be."""
     axes = (0, 2, 3) if dynamic else ()
-    image = torch.rand(2 if dynamic else 1, 3, *size)
+    image = torch.rand(2 if dynamic else 1, module.in_channels, *size)
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -524,11 +555,11 @@ def _compared(net: PSPNet, run: Runner, shapes: Sequence[Sequence[int]], output:
     """A line for every shape (N, H, W): how far the file's output is from the network's."""
     reference, generator, lines = _sharing_copy(net), torch.Generator().manual_seed(0), []
     for batch, height, width in shapes:
-        image = torch.randn(batch, 3, height, width, generator=generator)
+        image = torch.randn(batch, net.in_channels, height, width, generator=generator)
         with torch.no_grad():
             expected, got = reference(image), run(image)
         allowed, factor = TOLERANCE * max(1.0, float(expected.abs().max())), 1
-        where = f"{batch}x3x{height}x{width}"
+        where = f"{batch}x{net.in_channels}x{height}x{width}"
         if output == "logits":
             distance, words = float((got - expected).abs().max()), "largest difference of a logit"
         else:
@@ -573,7 +604,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", type=Path, metavar="W", help="a snapshot of a training, or a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, .onnx or .pt2")
     parser.add_argument("--format", choices=get_args(Format), default="onnx", help="default onnx")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the images, in pixels")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help=f"of the images, from 1 to {MOST_PIXELS} pixels each"
+    )
     parser.add_argument("--dynamic", action="store_true", help="images of any size, in batches of any")
     parser.add_argument(
         "--head",
@@ -582,6 +615,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factorised (default) computes the bottleneck with half the work; concat is as the paper draws it",
     )
     parser.add_argument("--output", choices=get_args(Output), default="logits", help="default logits")
+    parser.add_argument(
+        "--ema", action="store_true", help="the averages of the weights, where W has both (default the weights)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -589,9 +626,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         from .checkpoints import load_checkpoint
 
-        net = load_checkpoint(args.weights)
         size = None if args.size is None else (args.size[0], args.size[1])
-        report = export(net, args.out, args.format, size, args.dynamic, args.head, args.output)
+        _check_file(args.out, args.format, size, args.dynamic, args.force)
+        check_target(args.out, sources=[args.weights], overwrite=args.force)
+        net = load_checkpoint(args.weights, ema=args.ema)
+        report = export(net, args.out, args.format, size, args.dynamic, args.head, args.output, args.force)
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
         print(f"pspnet-fast export: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,6 @@ def read(path: Path) -> Mapping[str, Any]:
         OSError: no such file.
         CheckpointError: truncated, damaged, or no snapshot of a training.
     """
-    if path.exists():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged: {error}") from error
-        if damaged:
-            raise CheckpointError(f"{path}: damaged, in {damaged}")
     content = read_checkpoint(path)
     missing = [key for key in ("model", "optimizer", "scaler", "iteration", "recipe") if key not in content]
     if missing:

@@ -212,5 +212,79 @@ def test_the_command(tmp_path, capsys):
     x = torch.randn(1, 3, 65, 73)
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     assert_close(run(session, x), plain(net, x))
-    assert cli.main(["export", str(tmp_path / "none.pth"), str(out), "--size", "65", "73"]) == 2
+    assert cli.main(["export", str(tmp_path / "none.pth"), str(tmp_path / "no.onnx"), "--size", "65", "73"]) == 2
     assert "pspnet-fast export: no checkpoint at" in capsys.readouterr().err
+
+
+# What is asked before the work
+
+
+def test_what_the_command_asks_before_it_works(tmp_path, capsys, monkeypatch):
+    """Nothing is read for a file that cannot be written, of a size that cannot be, or that is there."""
+    monkeypatch.setattr("pspnet_fast.checkpoints.load_checkpoint", lambda *a, **k: pytest.fail("the weights were read"))
+    weights, there = tmp_path / "w.onnx", tmp_path / "there.onnx"
+    weights.write_bytes(b"weights")
+    there.write_bytes(b"kept")
+    size = ["--size", "65", "73"]
+    for argv, words in (
+        ([there, *size], "there.onnx: is there already: give the result another name, or --force"),
+        ([weights, *size], "w.onnx: is there already"),
+        ([weights, *size, "--force"], "w.onnx: would overwrite a file that is read"),
+        ([tmp_path / "no" / "o.onnx", *size], "o.onnx: cannot be written: there is no folder"),
+        ([tmp_path / "o.pt2", *size], "a file of format onnx must end in .onnx"),
+        ([tmp_path / "o.onnx"], "size must be given, (H, W), unless dynamic"),
+        ([tmp_path / "o.onnx", "--size", "0", "-1"], "size must be (H, W), both positive, got (0, -1)"),
+        ([tmp_path / "o.onnx", "--size", "65", "9000"], "size must be at most 8192 along each side, got (65, 9000)"),
+    ):
+        assert cli.main(["export", str(weights), *map(str, argv)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("pspnet-fast export: ")
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+    assert (weights.read_bytes(), there.read_bytes()) == (b"weights", b"kept")
+    assert sorted(os.listdir(tmp_path)) == ["there.onnx", "w.onnx"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    net = network()
+    net.cls[0].weight.data[0, 0, 0, 0] = float("nan")
+    net.layer1[0].bn1.running_var[0] = float("inf")
+    with pytest.raises(
+        ValueError, match=r"must be finite, got NaN or infinity in layer1\.0\.bn1\.running_var, cls\.0\.weight$"
+    ):
+        exportable(net, (65, 65))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(tmp_path, channels):
+    net, x = network(in_channels=channels), torch.randn(1, channels, 65, 73)
+    session = onnx_file(net, tmp_path / "net.onnx", (65, 73))
+    assert_close(run(session, x), plain(net, x))
+    assert "normalisation" not in {p.key for p in onnx.load(tmp_path / "net.onnx").metadata_props}
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from pspnet_fast import PSPNet, export
+torch.manual_seed(0)
+net = PSPNet(layers=18, classes=5, width=8).eval()
+program = export._traced(export.exportable(net, (33, 33)), (33, 33), False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from pspnet_fast.files import replacing
+try:
+    with replacing(Path("net.pt2")) as temporary:
+        export._write_pt2(program, temporary, {})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Torch's own writer, stopped by a limit on files' sizes."""
+    line = [sys.executable, "-W", "ignore", "-c", FULL_DISK]
+    done = subprocess.run(line, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True)
+    assert done.stdout.startswith("net.pt2: cannot be written: ")
+    assert done.stdout.count("\n") == 1
+    assert os.listdir(tmp_path) == []

@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.checkpoint import FORMAT, CheckpointError, bare_state_dict
+from ..models.checkpoint import FORMAT, CheckpointError, unwrapped
 from ..models.resnet import LAYERS, BasicBlock, Dilation, Stem
-from .csail import CSAIL
-from .encoding import ENCODING
-from .family import Family, Names
+from .family import Family
 from .layout import Layout, known_settings
-from .mmseg import MMSEG, MMSEG_B, MMSEG_BACKBONE
-from .semseg import SEMSEG, SEMSEG_BACKBONE
-from .smp import SMP
-from .torchvision import TORCHVISION
-from .tramac import TRAMAC
-
-FAMILIES = (SEMSEG, SEMSEG_BACKBONE, TORCHVISION, MMSEG, MMSEG_B, MMSEG_BACKBONE, SMP, TRAMAC, ENCODING, CSAIL)
+from .naming import family_of, some
+from .settings import MOST_BINS, are_bins, check_settings
 
 
 class Recognised(NamedTuple):
@@ -41,6 +34,7 @@ class Recognised(NamedTuple):
 def detect(
     state_dict: Mapping[str, Any],
     *,
+    ema: bool = False,
     align_corners: bool | None = None,
     bins: Sequence[int] | None = None,
     dilation: Dilation | None = None,
@@ -50,6 +44,7 @@ def detect(
     Args:
         state_dict: a state_dict of any family, or the dictionary that its file holds, with whatever is around it. CSAIL's two
             files are one here, "encoder." and "decoder." before their names.
+        ema: the averages of the weights, where a file has both.
         align_corners: in place of the family's own, where nothing in the file says (`Layout.assumed`).
         bins: the same; needed where there are not four levels.
         dilation: the same.
@@ -58,13 +53,14 @@ def detect(
         CheckpointError: no known layout (the nearest is named, and what differs), or names or shapes that are no network.
         ValueError: a setting that is known to be another.
     """
-    return recognise(state_dict, align_corners=align_corners, bins=bins, dilation=dilation).layout
+    return recognise(state_dict, ema, align_corners=align_corners, bins=bins, dilation=dilation).layout
 
 
-def recognise(checkpoint: Mapping[str, Any], **overrides: object) -> Recognised:
+def recognise(checkpoint: Mapping[str, Any], ema: bool = False, **overrides: object) -> Recognised:
     """As `detect`, with the tensors by our names."""
-    tensors = bare_state_dict(checkpoint)
-    family, names = _family_of(tensors)
+    inside = unwrapped(checkpoint, ema)
+    part = family_of(inside, ema)
+    family, names, tensors = part.family, part.names, part.tensors
     recipe = _recipe(checkpoint)
     state = {ours: tensors[name] for name, ours in names.ours.items()}
     theirs = {ours: name for name, ours in names.ours.items()}
@@ -76,38 +72,14 @@ def recognise(checkpoint: Mapping[str, Any], **overrides: object) -> Recognised:
     idle = [name for name in state if (k := _stage(name)) and k > layout.stages] if not family.dilates else []
     for name in idle:
         del state[name]
-    layout = replace(layout, dropped=(*names.dropped, *(theirs.pop(name) for name in idle)))
+    dropped = (*names.dropped, *(theirs.pop(name) for name in idle), *part.beside)
+    layout = replace(layout, dropped=dropped, unwrapped=(*inside.found, *part.found))
     given = {name: value for name, value in overrides.items() if value is not None}
     layout = _overridden(layout.normal(), given).normal()
     _check_shapes(family, layout, state, theirs)
     if layout.x_last and layout.network:
         state["cls.0.weight"] = state["cls.0.weight"].roll(layout.channels[1], 1)
     return Recognised(layout, state, theirs)
-
-
-def _family_of(tensors: Mapping[str, torch.Tensor]) -> tuple[Family, Names]:
-    found = [(family, family.to_ours(tensors)) for family in FAMILIES]
-    fitting = [(family, names) for family, names in found if names.ours and not names.strange]
-    if len(fitting) > 1:  # a ResNet's own names are torchvision's and semseg's: the stem tells
-        deep = "conv2.weight" in tensors
-        fitting = [(family, names) for family, names in fitting if deep == ("deep" in family.stems)] or fitting
-    if fitting:
-        return fitting[0]
-    nearest, names = max(found, key=lambda pair: len(pair[1].ours))
-    if not names.ours:
-        libraries = ", ".join(dict.fromkeys(family.library for family in FAMILIES))
-        hint = ": CSAIL's decoder is loaded together with its encoder" if "conv_last.0.weight" in tensors else ""
-        raise CheckpointError(f"no known layout ({libraries}): the names begin with {_some([*tensors])}{hint}")
-    there = {*names.ours.values()}
-    absent = [name for name in _ALWAYS if name not in there]
-    lacks = f"; it lacks {_some(list(nearest.to_theirs(absent).values()))}" if absent else ""
-    raise CheckpointError(
-        f"no known layout: the nearest is that of {nearest.library}, which has {len(names.ours)} of {len(tensors)} names, "
-        f"but not {len(names.strange)}: {_some(names.strange)}{lacks}"
-    )
-
-
-_ALWAYS = ("layer0.0.weight", "layer1.0.conv1.weight", "ppm.features.0.1.weight", "cls.0.weight", "cls.4.weight")
 
 
 def _recipe(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -126,7 +98,9 @@ def _config(checkpoint: Mapping[str, Any], family: Family) -> dict[str, Any]:
         and isinstance(meta, Mapping)
         and isinstance(text := meta.get("config", meta.get("cfg")), str)
     ):
-        return family.read_config(text)
+        said = family.read_config(text)
+        check_settings(f"{family.library}'s configuration", said)
+        return said
     return {}
 
 
@@ -146,10 +120,13 @@ def _layout(
         return state[name].shape
 
     width = shape("layer1.0.conv1.weight")[0]
+    _check_blocks(family, state, theirs)
+    first = shape("layer0.0.weight")
     read: dict[str, Any] = {
         "layers": said.get("layers") or _layers(family, state),
         "width": width,
-        "stem": _stem(family, shape("layer0.0.weight"), width),
+        "stem": _stem(family, first, width),
+        "in_channels": first[1],
         "x_last": family.x_last,
     }
     aux = "aux.4.weight" in state
@@ -210,6 +187,23 @@ def _stage(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def _check_blocks(family: Family, state: Mapping[str, torch.Tensor], theirs: Mapping[str, str]) -> None:
+    """The first block is a ResNet's: its 3x3 convolution reads all channels, and the last makes four times as many."""
+    names = [f"layer1.0.conv{i}.weight" for i in (1, 2, 3)]
+    if any(name not in state or state[name].dim() != 4 for name in names):
+        return  # basic blocks, or what `_check_shapes` names
+    inner, grouped, outer = (tuple(state[name].shape) for name in names)
+    if grouped[1] != inner[0] and grouped[1] and grouped[0] % grouped[1] == 0:
+        kind = (
+            f"a ResNeXt, of {grouped[0] // grouped[1]} groups of {grouped[1]} channels ({theirs[names[1]]!r} {grouped})"
+        )
+    elif outer[0] != 4 * inner[0]:
+        kind = f"a wide ResNet, whose blocks are {inner[0]} channels wide for {outer[0]} ({theirs[names[2]]!r} {outer})"
+    else:
+        return
+    raise CheckpointError(f"{family.library}: the backbone is {kind}: only ResNets as in their paper are read")
+
+
 def _stem(family: Family, first: torch.Size, width: int) -> Stem:
     channels, _, kernel = first[:3]
     stems: dict[tuple[int, int], Stem] = {(7, width): "plain", (3, width): "deep", (3, width // 2): "v1c"}
@@ -226,6 +220,8 @@ def _overridden(layout: Layout, given: Mapping[str, Any]) -> Layout:
     for name, value in given.items():
         if name == "bins":
             value = tuple(value)
+        if name == "bins" and not are_bins(value):
+            raise ValueError(f"{layout.library}: bins must be from 1 to {MOST_BINS} each, got {value}")
         if name == "bins" and len(value) != len(layout.bins):
             raise ValueError(f"{layout.library}: bins must be {len(layout.bins)}, as there are levels, got {value}")
         if name not in layout.assumed and getattr(layout, name) != value:
@@ -242,7 +238,10 @@ def _overridden(layout: Layout, given: Mapping[str, Any]) -> Layout:
 
 def _check_shapes(family: Family, layout: Layout, state: Mapping[str, torch.Tensor], theirs: Mapping[str, str]) -> None:
     """The network that was read has these tensors and no others; batch counters may be absent, as in old files."""
-    wanted = layout.shapes()
+    try:
+        wanted = layout.shapes()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{layout.library}: what its file says of the network is none: {error}") from error
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     extra = [theirs[name] for name in state if name not in wanted and not name.startswith("fc.")]
     unlike = [
@@ -256,12 +255,8 @@ def _check_shapes(family: Family, layout: Layout, state: Mapping[str, torch.Tens
             f"{layout.library}: the names are this family's, but not the tensors those of "
             f"{'its PSPNet' if layout.network else 'a ResNet'} of {layout.layers} layers"
             + "".join(
-                f"; {len(names)} {kind}: {_some(names)}"
+                f"; {len(names)} {kind}: {some(names)}"
                 for kind, names in {**lists, "mismatched": unlike}.items()
                 if names
             )
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -13,6 +13,7 @@ from ..models.checkpoint import CheckpointError
 from ..models.pspnet import PSPNet, Stages
 from ..models.resnet import LAYERS, STEMS, BasicBlock, Dilation, Stem
 from ..nn.plain_ppm import Pooling
+from .settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Layout:
     Attributes:
         family: of the names, as the command line has it.
         library: the same, as sentences have it.
-        layers, width, stem, stages, output_stride, dilation, dilate_second: of the backbone, see `ResNet` and `PSPNet`.
+        layers, width, stem, in_channels, stages, output_stride, dilation, dilate_second: of the backbone, see `ResNet` and
+            `PSPNet`.
         bins, align_corners, kernel_sizes, bin1_norm, pooling, reduction, reduction_channels, bottleneck_channels,
             aux_channels: of the rest, see `PSPNet`.
         x_last: whether the checkpoint's bottleneck reads the levels and then x; ours reads x first, and its weight is turned.
@@ -30,6 +32,7 @@ class Layout:
         aux: whether there is an auxiliary head.
         assumed: names of attributes that are not in the weights, but the family's own or default.
         dropped: names in the checkpoint that mean nothing to the network.
+        unwrapped: where in its file the weights were found, in sentences.
     """
 
     family: str
@@ -37,6 +40,7 @@ class Layout:
     layers: int
     width: int
     stem: Stem
+    in_channels: int = 3
     stages: Stages = 4
     output_stride: int = 8
     dilation: Dilation = "full"
@@ -55,6 +59,7 @@ class Layout:
     aux: bool = False
     assumed: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    unwrapped: tuple[str, ...] = ()
 
     @property
     def network(self) -> bool:
@@ -113,8 +118,12 @@ class Layout:
         return {name: getattr(self, name) for name in SETTINGS}
 
     def recipe(self) -> dict[str, Any]:
-        """What a recipe (`config.Recipe`) says of the network, in values that JSON knows."""
+        """What a recipe (`config.Recipe`) says of the network, in values that JSON knows.
+
+        The images' channels are no setting of recipes, whose data has 3: they are read from the weights.
+        """
         values = {"dataset": "list", "classes": self.classes, **self.settings()}
+        del values["in_channels"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def build(self, device: str = "cpu", classes: int | None = None) -> PSPNet:
@@ -135,7 +144,7 @@ class Layout:
         if self.network:
             return {name: tensor.shape for name, tensor in self.build("meta").state_dict().items()}
         with torch.device("meta"):
-            net = PSPNet(layers=self.layers, width=self.width, stem=self.stem, aux=False)
+            net = PSPNet(layers=self.layers, width=self.width, stem=self.stem, in_channels=self.in_channels, aux=False)
         return {name: tensor.shape for name, tensor in net.state_dict().items() if name.startswith("layer")}
 
     def refuse_others(self, target: str, **only: object) -> None:
@@ -158,7 +167,7 @@ class Layout:
         if self.network:
             what += ", with an auxiliary head" if self.aux else ", without an auxiliary head"
         lines = [f"{self.library}: {what}"]
-        for name in (*SETTINGS, "x_last") if self.network else ("layers", "width", "stem"):
+        for name in (*SETTINGS, "x_last") if self.network else _OF_BACKBONE:
             value = getattr(self, name)
             if value is None or (name in ("dilation", "dilate_second") and not self.dilated):
                 continue
@@ -166,6 +175,7 @@ class Layout:
                 f"{value} ({', '.join(map(str, STEMS[self.stem]))} channels of 64)" if name == "stem" else str(value)
             )
             lines.append(f"  {name:<20}{shown}{'   assumed: not in the weights' if name in self.assumed else ''}")
+        lines += [f"  {sentence}" for sentence in self.unwrapped]
         if self.x_last:
             lines.append("  the bottleneck's weight is turned so that x comes first")
         if self.dropped:
@@ -176,11 +186,24 @@ class Layout:
 
 
 SETTINGS = (
-    *("layers", "width", "stem", "stages", "output_stride", "dilation", "dilate_second", "bins", "align_corners"),
+    *(
+        "layers",
+        "width",
+        "stem",
+        "in_channels",
+        "stages",
+        "output_stride",
+        "dilation",
+        "dilate_second",
+        "bins",
+        "align_corners",
+    ),
     *("kernel_sizes", "bin1_norm", "pooling", "reduction"),
     *("reduction_channels", "bottleneck_channels", "aux_channels"),
 )
 """The attributes that are PSPNet's arguments of the same names."""
+
+_OF_BACKBONE = ("layers", "width", "stem", "in_channels")
 
 _NOWHERE = {"stride_in": "conv2", "conv_bias": False, "share_stage3": False, "use_ppm": True}
 """Arguments that no checkpoint's layout says, and what they have to be."""
@@ -205,12 +228,14 @@ def layout_of(net: PSPNet) -> Layout:
 def known_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings of the network."""
     values = {name: recipe[name] for name in SETTINGS if name in recipe}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    check_settings("the recipe in the file", values)
+    return values
 
 
 def differences(layout: Layout, other: Layout) -> list[str]:
     """The settings in which two networks are not the same, and both values."""
-    names = SETTINGS if layout.network and other.network else ("layers", "width", "stem")
+    names = SETTINGS if layout.network and other.network else _OF_BACKBONE
     return [
         f"{name} is {getattr(layout, name)!r}{' (assumed)' if name in layout.assumed else ''}, the model's {theirs!r}"
         for name in names

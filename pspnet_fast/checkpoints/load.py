@@ -15,11 +15,12 @@ from ..models.resnet import Dilation
 from .csail import put_together
 from .detect import Recognised, recognise
 from .layout import differences, layout_of
+from .settings import MOST_CLASSES
 
 CheckpointPath = str | os.PathLike[str]
 
 CLASSIFIERS = ("cls.4.", "aux.4.")
-_OF_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
+OF_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_checkpoint(
@@ -31,6 +32,7 @@ def load_checkpoint(
     align_corners: bool | None = None,
     bins: Sequence[int] | None = None,
     dilation: Dilation | None = None,
+    ema: bool = False,
 ) -> PSPNet:
     """A PSPNet with the weights of a checkpoint, which may be of semseg, mmseg, segmentation_models_pytorch, Tramac,
     PyTorch-Encoding, CSAIL or this library.
@@ -47,6 +49,8 @@ def load_checkpoint(
         align_corners: where the weights do not say, in place of the family's own (see `detect`).
         bins: the same.
         dilation: the same.
+        ema: the exponential averages of the weights, where the file has both ("state_dict_ema", "model_ema" and the like);
+            otherwise the weights are taken, and a warning says that there are averages.
 
     Returns:
         The model.
@@ -57,7 +61,7 @@ def load_checkpoint(
             number of classes.
         ValueError: a setting that is known to be another.
     """
-    found = recognise(read(path), align_corners=align_corners, bins=bins, dilation=dilation)
+    found = recognise(read(path), ema, align_corners=align_corners, bins=bins, dilation=dilation)
     where = _shown(path)
     if model is None:
         return built(found, _classes(reset_classifier, classes))
@@ -110,19 +114,21 @@ def _content(path: Path) -> Mapping[str, Any]:
     """Of a folder: its weights, with its configuration where mmseg's files have theirs."""
     if not path.is_dir():
         return read_checkpoint(path)
-    for name in _OF_A_FOLDER:
+    for name in OF_A_FOLDER:
         if (path / name).is_file():
             config = path / "config.json"
-            beside = {"meta": {"config": config.read_text()}} if config.is_file() else {}
+            beside = {"meta": {"config": config.read_text("utf-8", "replace")}} if config.is_file() else {}
             content = read_checkpoint(path / name)
             flat = all(isinstance(value, torch.Tensor) for value in content.values())
             return {**({"state_dict": content} if flat else content), **beside}
-    raise CheckpointError(f"{path}: a folder must hold {' or '.join(_OF_A_FOLDER)}")
+    raise CheckpointError(f"{path}: a folder must hold {' or '.join(OF_A_FOLDER)}")
 
 
 def _classes(reset_classifier: bool, classes: int | None) -> int | None:
     if reset_classifier != (classes is not None):
         raise ValueError("load_checkpoint: without a model, reset_classifier and classes go together")
+    if classes is not None and not 1 <= classes <= MOST_CLASSES:
+        raise ValueError(f"load_checkpoint: classes must be from 1 to {MOST_CLASSES}, got {classes}")
     return classes
 
 

@@ -38,7 +38,7 @@ def _read_config(text: str) -> dict[str, Any]:
         found["dilation"] = "full"  # the default of its ResNet, which its PSPNets' configurations replace
     scales = set(re.findall(r"\bpool_scales\s*=\s*[(\[]([\d\s,]+)[)\]]", text))
     if len(scales) == 1:
-        found["bins"] = tuple(int(scale) for scale in re.findall(r"\d+", scales.pop()))
+        found["bins"] = tuple(int(scale) for scale in re.findall(r"\d{1,9}", scales.pop()))
     return found
 
 
@@ -57,10 +57,11 @@ def _needs(layout: Layout) -> str:
                 f"got {layout.reduced} and {layout.inner}"
             )
     stem = STEMS[layout.stem][-1] * layout.width // 64
+    images = "" if layout.in_channels == 3 else f"in_channels={layout.in_channels}, "
     lines = [
         "model = dict(",
         "    type='EncoderDecoder',",
-        f"    backbone=dict(type='{'ResNet' if layout.stem == 'plain' else 'ResNetV1c'}', depth={layout.layers}, "
+        f"    backbone=dict(type='{'ResNet' if layout.stem == 'plain' else 'ResNetV1c'}', depth={layout.layers}, {images}"
         f"stem_channels={stem}, base_channels={layout.width}, dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), "
         f"contract_dilation={layout.dilation == 'halved'}),",
     ]

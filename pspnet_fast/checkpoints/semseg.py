@@ -14,6 +14,7 @@ def _needs(layout: Layout) -> str:
     layout.refuse_others(
         "semseg",
         stem="deep",
+        in_channels=3,
         dilation="full",
         align_corners=True,
         output_stride=8,
@@ -29,7 +30,7 @@ def _needs(layout: Layout) -> str:
 
 
 def _needs_of_backbone(layout: Layout) -> str:
-    layout.refuse_others("semseg", stem="deep")
+    layout.refuse_others("semseg", stem="deep", in_channels=3)
     return f"resnet{layout.layers}(deep_base=True)"
 
 

@@ -20,8 +20,13 @@ def _read_config(text: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it does.
     """
-    config = json.loads(text)
-    depth, factor = config.get("encoder_depth", 3), config.get("upsampling", 8)
+    try:
+        config = json.loads(text)
+        depth, factor = config.get("encoder_depth", 3), config.get("upsampling", 8)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"smp: config.json must hold a JSON object: {error}") from error
+    if depth not in (3, 4, 5):
+        raise CheckpointError(f"smp: encoder_depth must be 3, 4 or 5 in config.json, got {depth!r}")
     if factor != 2**depth:
         raise CheckpointError(
             f"smp: upsampling must be {2**depth} in config.json, for logits of the image's size, got {factor!r}"

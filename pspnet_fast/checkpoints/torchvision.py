@@ -11,7 +11,7 @@ from .layout import Layout
 
 
 def _needs(layout: Layout) -> str:
-    layout.refuse_others("torchvision", stem="plain", stages=4)
+    layout.refuse_others("torchvision", stem="plain", in_channels=3, stages=4)
     name = f"resnet{layout.layers}"
     if not layout.network or layout.output_stride == 32:
         return f"{name}()"

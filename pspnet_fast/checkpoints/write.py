@@ -9,9 +9,10 @@ import torch
 
 from ..models.checkpoint import FORMAT
 from ..models.pspnet import PSPNet
-from .detect import FAMILIES, recognise
+from .detect import recognise
 from .family import FLAT, Family
 from .layout import Layout, layout_of
+from .naming import FAMILIES
 
 _OURS = (
     Family(

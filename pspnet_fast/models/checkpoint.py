@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, BinaryIO, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..files import replacing
+from .archive import ZIP, RefusedError, dry_run, names_in, verified
+from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
+from .unwrap import UnwrapError, Unwrapped, common_part, say, unwrap, without_prefix
+
+_Module = TypeVar("_Module", bound="Loadable")
 
 FORMAT = "pspnet_fast"
 """The metadata entry "format" of the safetensors files that `pspnet-fast convert` writes."""
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -32,70 +34,88 @@ class CheckpointError(ValueError, RuntimeError):
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What `torch.load` finds in a file, on the CPU and with `weights_only=True`: a pickle in it is never executed.
 
+    Every checksum in a file of `torch.save` is verified first, and that its tensors are no larger than it is; see
+    `archive.py`. Files of before PyTorch 1.6 and safetensors have no checksums: of those, the sizes alone are.
+
     A safetensors file is read, too, and known by its content: its tensors are under "model" and its header's metadata under
     "metadata". In one that `pspnet-fast convert` wrote with this library's names, "recipe" says which network they mean, as
     in a snapshot of a training.
 
     Raises:
-        OSError: the file is missing, a directory, or not readable.
-        CheckpointError: the file is not a checkpoint, is truncated, or holds more than tensors and plain values.
+        OSError: the file is missing, a directory, no regular file or not readable.
+        CheckpointError: the file is not a checkpoint, is truncated or damaged, or holds more than tensors and plain values.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(
-            f"no checkpoint at {os.fspath(path)!r}. Nothing is downloaded: give the path of a file that is there"
+            f"no checkpoint at {str(path)!r}. Nothing is downloaded: give the path of a file that is there"
         )
-    if _is_safetensors(path):
-        return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # A damaged file surfaces as whatever the unpickler trips over: EOFError, RuntimeError, UnicodeDecodeError...
-        where, reason = f"{os.fspath(path)!r} cannot be read", str(error)
-        if isinstance(error, pickle.UnpicklingError) and (
-            found := re.search(r"WeightsUnpickler error:\s*(.+)", reason)
-        ):
-            reason = found[1].strip()  # without the advice around it, which is to run what is in the file
-        if found := re.search(r"GLOBAL (\S+)", reason):
-            raise CheckpointError(
-                f"{where}: it holds more than tensors and plain values ({found[1]}), and code in a checkpoint is never run. "
-                "Where the file is trusted, save its weights alone, once: "
-                "content = torch.load(IN, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': content['state_dict']}, OUT)"
-            ) from error
-        raise CheckpointError(f"{where} as a checkpoint of tensors: {reason}") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the checkpoint's file in it")
+    if not path.is_file():
+        raise OSError(f"{str(path)!r} is no regular file: give one that can be read twice")
+    with path.open("rb") as file:
+        try:
+            content = _read(file, path)
+        except (CheckpointError, ImportError):
+            raise
+        except Exception as error:
+            # A damaged file surfaces as whatever its reader trips over: EOFError, UnicodeDecodeError, a bare OSError...
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint of tensors: {reason}") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{os.fspath(path)!r} must hold a dictionary, got {type(content).__name__}")
+        raise CheckpointError(f"{str(path)!r} must hold a dictionary, got {type(content).__name__}")
     return content
 
 
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as safetensors do: eight bytes for the length of a JSON object, which follows."""
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= Path(path).stat().st_size
+def _read(file: BinaryIO, path: Path) -> Any:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(FIRST)
+    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= length - 8:
+        return _read_safetensors(path)
+    if first.startswith(ZIP):
+        if reason := what_the_archive_is(names_in(file)):
+            raise RefusedError(f"it is {reason}")
+        archive = verified(file)
+        sketch = dry_run(io.BytesIO(archive.data_pkl or b""), length, archive.sizes)
+    else:
+        if reason := what_it_is(path, first, length):
+            raise RefusedError(f"it is {reason}")
+        file.seek(0)
+        for _ in range(3):  # a number to know it by, a version, what wrote it
+            dry_run(file, length)
+        sketch = dry_run(file, length)
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if found := re.search(r"WeightsUnpickler error:\s*(.+)", reason):
+            reason = found[1].strip()  # without the advice around it, which is to run what is in the file
+        if found := re.search(r"GLOBAL (\S+)", reason):
+            raise CheckpointError(
+                f"{str(path)!r} cannot be read: it holds more than tensors and plain values ({found[1]}), and code in a "
+                f"checkpoint is never run. Where the file is trusted, save its weights alone, once: {how_to_save(sketch)}"
+            ) from error
+        raise RefusedError(reason) from error
 
 
-def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    """Safetensors' own reader compares the header with the file's length, and the tensors with one another."""
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(
-            f"{os.fspath(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'"
-        ) from error
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata: dict[str, Any] = dict(file.metadata() or {})
-        content = {"model": tensors, "metadata": metadata}
-        if metadata.get("format") == FORMAT and "recipe" in metadata:
-            metadata["recipe"] = json.loads(metadata["recipe"])
-            if metadata.get("family") == FORMAT:
-                content["recipe"] = metadata["recipe"]
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+        raise ImportError(f"{str(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, Any] = dict(file.metadata() or {})
+    content = {"model": tensors, "metadata": metadata}
+    if metadata.get("format") == FORMAT and "recipe" in metadata:
+        metadata["recipe"] = json.loads(metadata["recipe"])
+        if metadata.get("family") == FORMAT:
+            content["recipe"] = metadata["recipe"]
     return content
 
 
@@ -104,30 +124,54 @@ def write_checkpoint(
 ) -> None:
     """`torch.save` as a file that appears whole or not at all; see `files.replacing` for `error` and `keep`."""
     with replacing(path, error, keep) as temporary, temporary.open("wb") as file:
+        recorder = _Recorder(file)
         try:
-            torch.save(dict(content), file)
-        except RuntimeError as reason:  # how torch's writer says that a write came up short
-            raise OSError(" ".join(str(reason).split())) from reason
+            torch.save(dict(content), cast("IO[bytes]", recorder))
+        except RuntimeError as reason:  # how torch's writer says that a write came up short, and not why
+            raise recorder.failed or OSError(" ".join(str(reason).split())) from reason
 
 
-def bare_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """The names and tensors inside a checkpoint: the dictionary under "state_dict" or "model" where there is one,
-    without the prefix that `DistributedDataParallel` ("module.") or `torch.compile` ("_orig_mod.") puts before names.
+class _Recorder:
+    """A file to write to, which remembers why it could not be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def bare_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> Mapping[str, torch.Tensor]:
+    """The names and tensors inside a checkpoint: the dictionary under "state_dict", "model" and the like where there is one,
+    without what `DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), FSDP and `AveragedModel` add to names.
+
+    Args:
+        checkpoint: a state_dict, or the dictionary of a file that has one in it.
+        ema: the averages, where there are weights and averages of them ("ema", "state_dict_ema" and the like).
     """
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"a state_dict must be a mapping, got {type(checkpoint).__name__}")
-    for name in _WRAPPERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-    for name, value in checkpoint.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"a state_dict maps names to tensors, got {type(value).__name__} under {name!r}")
-    bare: OrderedDict[str, Any] = OrderedDict(checkpoint)
-    if hasattr(checkpoint, "_metadata"):
-        bare._metadata = copy(checkpoint._metadata)  # type: ignore[attr-defined]
-    while prefix := next((p for p in _PREFIXES if bare and all(name.startswith(p) for name in bare)), None):
-        consume_prefix_in_state_dict_if_present(bare, prefix)
-    return bare
+    return unwrapped(checkpoint, ema).state
+
+
+def unwrapped(checkpoint: Mapping[str, Any], ema: bool = False) -> Unwrapped:
+    """As `bare_state_dict`, with what was chosen, which is logged.
+
+    Raises:
+        CheckpointError: it holds other things than tensors.
+    """
+    try:
+        inside = unwrap(checkpoint, ema)
+    except UnwrapError as error:
+        raise CheckpointError(str(error)) from error
+    say("checkpoint", inside)
+    return inside
 
 
 class Loadable(nn.Module):
@@ -135,13 +179,16 @@ class Loadable(nn.Module):
 
     optional_prefixes: ClassVar[tuple[str, ...]] = ()
     """Parts that may be absent, as a whole, from the checkpoint or from the module."""
+    first_convolution: ClassVar[str | None] = None
+    """The name of the weight that reads the images."""
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
         """Load a checkpoint as `bare_state_dict` understands it.
 
-        As `nn.Module.load_state_dict`, with these differences: nothing is copied unless everything fits; also where
+        As `nn.Module.load_state_dict`, with these differences: a part that all names begin with is left out, where no name is
+        the module's with it (Lightning's "model."); nothing is copied unless everything fits; also where
         `strict`, the parts named in `optional_prefixes` may be absent on either side, and `num_batches_tracked` from
         the checkpoint (files older than PyTorch 0.4.1 lack it). Absent names are in the returned `missing_keys`,
         left-over ones in `unexpected_keys`.
@@ -149,7 +196,13 @@ class Loadable(nn.Module):
         Raises:
             CheckpointError: shapes differ or, where `strict`, keys are missing or unexpected. It lists all of them.
         """
-        given = bare_state_dict(state_dict)
+        given = _without_common_part(bare_state_dict(state_dict), self.state_dict())
+        keys = self.check_fit(given, strict)
+        super().load_state_dict(given, strict=False, assign=assign)
+        return keys
+
+    def check_fit(self, given: Mapping[str, torch.Tensor], strict: bool = True) -> _IncompatibleKeys:
+        """What `load_state_dict` asks of bare names and tensors before it copies any. Returns what it does."""
         own = self.state_dict()
         missing = [name for name in own if name not in given]
         unexpected = [name for name in given if name not in own]
@@ -167,9 +220,21 @@ class Loadable(nn.Module):
             raise CheckpointError(
                 f"{type(self).__name__}: the checkpoint does not fit, nothing was loaded"
                 + "".join(f"\n  {len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+                + self._of_other_images(given)
             )
-        super().load_state_dict(given, strict=False, assign=assign)
         return _IncompatibleKeys(missing, unexpected)
+
+    def _of_other_images(self, given: Mapping[str, torch.Tensor]) -> str:
+        """A sentence where the checkpoint is for images of another number of channels."""
+        name = self.first_convolution
+        weights = [state[name] for state in (given, self.state_dict()) if name is not None and name in state]
+        if [each.dim() for each in weights] != [4, 4] or weights[0].shape[1] == weights[1].shape[1]:
+            return ""
+        theirs, ours = (each.shape[1] for each in weights)
+        return (
+            f"\n  the checkpoint is for images of {theirs} channels and the network for {ours}: PSPNet(in_channels={theirs}) "
+            "is its network. Recipes, `predict`, `evaluate` and `train` know images of 3 channels alone"
+        )
 
     def _not_optional(self, names: Iterable[str], other_side: Iterable[str]) -> list[str]:
         absent = tuple(p for p in self.optional_prefixes if not any(name.startswith(p) for name in other_side))
@@ -178,3 +243,34 @@ class Loadable(nn.Module):
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
+
+
+def fitted(build: Callable[[], _Module], checkpoint: Mapping[str, Any]) -> _Module:
+    """A module with a checkpoint's weights, which is made when they are known to fit, and not before.
+
+    Settings in a small file may be those of a network that takes minutes and all memory to make.
+
+    Args:
+        build: makes the module, with random weights.
+        checkpoint: as for `Loadable.load_state_dict`.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+    """
+    state = bare_state_dict(checkpoint)
+    with torch.device("meta"):
+        try:
+            sketch = build()
+        except RuntimeError as error:
+            raise CheckpointError(f"there is no network of the settings in the checkpoint: {error}") from error
+    sketch.check_fit(_without_common_part(state, sketch.state_dict()))
+    module = build()
+    module.load_state_dict(state)
+    return module
+
+
+def _without_common_part(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    state = cast("OrderedDict[str, torch.Tensor]", given)
+    while (part := common_part(state)) and not any(name in own for name in state):
+        state = without_prefix(state, part)
+    return state if any(name in own for name in state) else given

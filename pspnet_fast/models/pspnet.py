@@ -76,6 +76,7 @@ class PSPNet(Loadable):
             stem="plain" with the other choices as torchvision's ("halved" is its dilation, "full" loads too). Nothing
             else is ever downloaded.
         stem, output_stride, dilation, dilate_second, stride_in, conv_bias, share_stage3, width: see `ResNet`.
+        in_channels: channels of the images, 3 unless said. `pretrained` must have been trained on images of as many.
         norm_layer: makes a norm from its channel count, everywhere in the network.
         align_corners: of every upsampling, in the pyramid and of the logits.
         aux: whether there is an auxiliary head.
@@ -98,9 +99,10 @@ class PSPNet(Loadable):
 
     Attributes:
         settings: the arguments above that decide which function the weights are, by name; None with `backbone`.
+        in_channels: of the images; with `backbone`, what was said of them.
 
     Shapes:
-        x (N, 3, H, W), of any H and W, and targets (N, H, W) of integers
+        x (N, in_channels, H, W), of any H and W, and targets (N, H, W) of integers
         - in evaluation to logits (N, K, h, w); targets are not read,
         - in training to `TrainingLogits` (logits, aux_logits), both (N, K, h, w),
         - in training with targets to `TrainingOutput` (prediction (N, h, w), main_loss, aux_loss).
@@ -118,6 +120,7 @@ class PSPNet(Loadable):
     """
 
     optional_prefixes = ("aux.", "criterion.")
+    first_convolution = "layer0.0.weight"
 
     def __init__(
         self,
@@ -152,6 +155,7 @@ class PSPNet(Loadable):
         reduction_channels: int | None = None,
         bottleneck_channels: int | None = None,
         aux_channels: int | None = None,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if classes < 1:
@@ -189,8 +193,10 @@ class PSPNet(Loadable):
             "conv_bias": conv_bias,
             "share_stage3": share_stage3,
             "width": width,
+            "in_channels": in_channels,
         }
         _check_backbone(backbone, channels, {"layers": layers, "stages": stages, **choices})
+        self.in_channels = in_channels
 
         weights = _pretrained_weights(pretrained, layers, choices)
         of_resnet = weights is not None and backbone is None and "conv1.weight" in weights
@@ -206,7 +212,7 @@ class PSPNet(Loadable):
         self.channels = cast("tuple[int, int]", channels)
         third, fourth = self.channels
 
-        in_channels = fourth
+        features = fourth
         if use_ppm:
             bins = check_bins("PSPNet", bins)
             if len(bins) > fourth:
@@ -217,9 +223,9 @@ class PSPNet(Loadable):
                 self.ppm = PPM(fourth, reduced, bins, norm_layer, align_corners, bin1_norm)
             else:
                 self.ppm = PlainPPM(fourth, reduced, bins, norm_layer, align_corners, pooling, reduction)
-            in_channels += len(bins) * (reduced if reduction else fourth)
+            features += len(bins) * (reduced if reduction else fourth)
         inner = bottleneck_channels or max(fourth // 4, 1)
-        self.cls = classifier(in_channels, inner, classes, dropout, norm_layer, kernel_sizes)
+        self.cls = classifier(features, inner, classes, dropout, norm_layer, kernel_sizes)
         inner = aux_channels or max(third // 4, 1)
         self.aux = classifier(third, inner, classes, dropout, norm_layer) if aux else None
         self.settings: dict[str, Any] | None = None
@@ -253,7 +259,7 @@ class PSPNet(Loadable):
         """The labels that `forward`'s logits have in evaluation, without these logits.
 
         Args:
-            x: (N, 3, H, W).
+            x: (N, in_channels, H, W).
             confidence: whether the labels' probabilities are returned, too.
 
         Returns:
@@ -355,7 +361,7 @@ def _check_backbone(
         )
     defaults = inspect.signature(PSPNet).parameters
     for name, value in choices.items():
-        if value != defaults[name].default:
+        if name != "in_channels" and value != defaults[name].default:
             raise ValueError(
                 f"PSPNet: {name} is a choice of the ResNet and must be left alone with backbone, got {value!r}"
             )
@@ -379,6 +385,10 @@ def _pretrained_weights(
 
 
 def _torchvision_weights(layers: int, choices: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
+    if choices["in_channels"] != 3:
+        raise ValueError(
+            f"PSPNet: pretrained='torchvision' is for images of 3 channels, got in_channels={choices['in_channels']}"
+        )
     if layers == 269 or choices["stem"] != "plain" or choices["stride_in"] != "conv2":
         raise ValueError(
             "PSPNet: pretrained='torchvision' needs stem='plain', stride_in='conv2' and layers other than 269, "

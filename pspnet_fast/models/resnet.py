@@ -29,6 +29,7 @@ class Choices(TypedDict):
     conv_bias: bool
     share_stage3: bool
     width: int
+    in_channels: int
 
 
 @dataclass(frozen=True)
@@ -158,19 +159,21 @@ class ResNet(Loadable):
             there would be blocks: 22 times in ResNet-101.
         width: channels inside the first stage's blocks; every other count of channels goes with it. 64 is the ResNet of the
             paper, less is a smaller network for smaller tasks.
+        in_channels: channels of the images: 3, or 1 of grey ones, 4 with a depth or an infrared one, 13 of Sentinel-2.
         classes: build the classifier `fc` on top, for so many classes.
 
     Shapes:
-        x (N, 3, H, W) to the last two feature maps (N, C3, H3, W3) and (N, C4, H4, W4), where H4 is
+        x (N, in_channels, H, W) to the last two feature maps (N, C3, H3, W3) and (N, C4, H4, W4), where H4 is
         (H - 1) // output_stride + 1 and `channels` holds C3 and C4: 4 and 8 widths, four times that with bottlenecks.
         With `classes`, to logits (N, classes).
 
     Raises:
-        ValueError: an argument outside the choices above, `classes` below 1, an x not of this shape.
+        ValueError: an argument outside the choices above, `classes` or `in_channels` below 1, an x not of this shape.
         TypeError: an x that is not a floating-point tensor.
     """
 
     optional_prefixes = ("fc.",)
+    first_convolution = "conv1.weight"
 
     def __init__(
         self,
@@ -185,6 +188,7 @@ class ResNet(Loadable):
         norm_layer: NormLayer = nn.BatchNorm2d,
         share_stage3: bool = False,
         width: int = 64,
+        in_channels: int = 3,
         classes: int | None = None,
     ) -> None:
         super().__init__()
@@ -195,13 +199,15 @@ class ResNet(Loadable):
         _check_choice("stride_in", stride_in, ("conv2", "conv1"))
         if classes is not None and classes < 1:
             raise ValueError(f"ResNet: classes must be at least 1, got {classes}")
+        if in_channels < 1:
+            raise ValueError(f"ResNet: in_channels must be at least 1, got {in_channels}")
         if width < 2 or width % 2:
             raise ValueError(f"ResNet: width must be even and at least 2, got {width}")
         block, depths = LAYERS[layers]
         style = _Style(stride_in, conv_bias, norm_layer)
 
         kernel = 7 if stem == "plain" else 3
-        widths = (3, *(channels * width // 64 for channels in STEMS[stem]))
+        widths = (in_channels, *(channels * width // 64 for channels in STEMS[stem]))
         for i in range(1, len(widths)):
             self.add_module(f"conv{i}", style.conv(widths[i - 1], widths[i], kernel, 2 if i == 1 else 1))
             self.add_module(f"bn{i}", norm_layer(widths[i]))

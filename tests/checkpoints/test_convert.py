@@ -148,7 +148,6 @@ def test_shared_and_strided_tensors(tmp_path):
 def test_what_the_command_refuses(tmp_path, capsys):
     given = networks.write("mmseg-18", peer("mmseg-18"), tmp_path)
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    (tmp_path / "folder.pth").mkdir()
     for argv, words in (
         ([given], "FILE must be one or two checkpoints and then the file to write, got 1"),
         ([given, given, given, tmp_path / "o.pth"], "got 4"),
@@ -157,10 +156,13 @@ def test_what_the_command_refuses(tmp_path, capsys):
         ([given, tmp_path / "o.onnx"], "o.onnx: the file to write must end in .safetensors, .pth, .pt"),
         ([given, tmp_path / "o.pth", "--to", "semseg"], "semseg: the network must have stem 'deep', got 'v1c'"),
         ([given, tmp_path / "o.pth", "--bins", "1"], "bins must be 4, as there are levels, got (1,)"),
-        ([given, tmp_path / "o.pth", "--reset-classifier", "0"], "--reset-classifier must be at least 1, got 0"),
-        ([given, tmp_path / "no" / "o.pth"], "cannot be written: No such file"),
+        ([given, tmp_path / "o.pth", "--reset-classifier", "0"], "--reset-classifier must be from 1 to 65536, got 0"),
+        ([given, tmp_path / "o.pth", "--reset-classifier", "1000000000"], "must be from 1 to 65536, got 1000000000"),
+        ([given, tmp_path / "o.pth", "--bins", "1", "2", "3", "0"], "--bins must be from 1 to 1024 each, got 1 2 3 0"),
+        ([given, tmp_path / "o.pth", "--bins", "1", "2", "3", "9999"], "--bins must be from 1 to 1024 each, got"),
+        ([given, tmp_path / "no" / "o.pth"], "o.pth: cannot be written: there is no folder"),
+        ([given, f"{tmp_path}/no/"], "no/: there is no such folder"),
         ([given, tmp_path / "no" / "o.safetensors"], "o.safetensors: cannot be written"),
-        ([given, tmp_path / "folder.pth"], "folder.pth: cannot be written: Is a directory"),
     ):
         assert command(*argv) == 2
         captured = capsys.readouterr()
@@ -180,7 +182,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert command(given, tmp_path / "out.safetensors") == 2
+    assert command(given, tmp_path / "out.safetensors", "--force") == 2
     assert "out.safetensors: cannot be written: No space left on device" in capsys.readouterr().err
     assert (tmp_path / "out.safetensors").read_bytes() == b"before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mmseg-18.pth", "out.safetensors"]
@@ -194,3 +196,91 @@ def test_damaged_safetensors_are_named(tmp_path):
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"half\.safetensors' cannot be read as a checkpoint of tensors"):
         load_checkpoint(tmp_path / "half.safetensors")
+
+
+# What is there already
+
+
+def test_no_file_is_overwritten_unless_asked(tmp_path, capsys):
+    """The third word forgotten: the decoder is not the file to write. And a source is never."""
+    encoder, decoder = networks.write("csail-18", peer("csail-18"), tmp_path)
+    kept = {path: path.read_bytes() for path in (encoder, decoder)}
+    for argv in ([encoder, decoder], [encoder, encoder], [encoder, decoder, decoder], [encoder, decoder, encoder]):
+        for force in ([], ["--force"]):
+            if force and argv == [encoder, decoder]:
+                continue  # this is then what was asked for
+            assert command(*argv, *force) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+    assert command(encoder, decoder) == 2
+    assert "is there already: give the result another name, or --force to replace it" in capsys.readouterr().err
+    assert command(decoder, encoder, encoder, "--force") == 2
+    assert "would overwrite a file that is read" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept} == kept
+    out = tmp_path / "out.pth"
+    assert command(encoder, decoder, out) == 0
+    first = out.read_bytes()
+    assert command(encoder, decoder, out) == 2
+    assert out.read_bytes() == first
+    assert command(encoder, decoder, out, "--reset-classifier", "3", "--force") == 0
+    assert load_checkpoint(out).cls[4].out_channels == 3
+
+
+@NEEDS_SAFETENSORS
+def test_the_file_in_a_folder_that_is_read(tmp_path, capsys):
+    torch.save(peer("smp-18").state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "pytorch_model.bin")
+    assert command(tmp_path, tmp_path / "model.safetensors", "--force") == 2
+    assert "would overwrite a file that is read" in capsys.readouterr().err
+
+
+@NEEDS_SAFETENSORS
+def test_into_a_folder(tmp_path, capsys):
+    given = networks.write("mmseg-18", peer("mmseg-18"), tmp_path)
+    (tmp_path / "ex").mkdir()
+    for folder in (f"{tmp_path}/ex/", tmp_path / "ex"):
+        assert command(given, folder) == (0 if folder != tmp_path / "ex" else 2)
+    assert "ex/mmseg-18.safetensors: is there already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ex", "mmseg-18.pth"]
+    assert [path.name for path in (tmp_path / "ex").iterdir()] == ["mmseg-18.safetensors"]
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "read", lambda sources: pytest.fail("the file was read"))
+    for target in (tmp_path / "no" / "o.pth", tmp_path / "o.onnx"):
+        assert command(tmp_path / "w.pth", target) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_read_is_said_before_it_is_written(tmp_path, capsys, monkeypatch):
+    """A disk that is full then: the report is there, one sentence, and nothing is left."""
+    given = networks.write("mmseg-18", peer("mmseg-18"), tmp_path)
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert command(given, tmp_path / "out.pth") == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "No space left on device" in captured.err
+    assert captured.out.startswith("mmseg: a PSPNet of 5 classes")
+    assert "out.pth" not in captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["mmseg-18.pth"]
+
+
+# Weights and averages
+
+
+def test_averages_are_asked_for(tmp_path, capsys):
+    weights, averages = peer("semseg-50").state_dict(), networks.make("semseg-50").state_dict()
+    averages["cls.4.bias"] = averages["cls.4.bias"] + 1
+    torch.save({"model": weights, "model_ema": averages, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "in.pth")
+    assert command(tmp_path / "in.pth", tmp_path / "plain.pth") == 0
+    assert "  the weights under 'model'; there are averages, too: --ema" in capsys.readouterr().out
+    assert command(tmp_path / "in.pth", tmp_path / "ema.pth", "--ema") == 0
+    assert "  the averages, under 'model_ema'" in capsys.readouterr().out
+    assert same(read_checkpoint(tmp_path / "plain.pth")["model"], weights)
+    assert same(read_checkpoint(tmp_path / "ema.pth")["model"], averages)
+    torch.save(weights, tmp_path / "alone.pth")
+    assert command(tmp_path / "alone.pth", tmp_path / "no.pth", "--ema") == 2
+    assert "there are no averages beside the weights" in capsys.readouterr().err

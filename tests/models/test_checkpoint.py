@@ -1,6 +1,7 @@
 """Loading: all of a checkpoint or nothing, from every form in which PSPNets are published."""
 
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -290,3 +291,25 @@ def test_pretrained_true_says_what_to_give():
 def test_pretrained_false_is_none():
     with torch.device("meta"):
         PSPNet(18, pretrained=False)
+
+
+FULL_DISK = """
+import os, resource, sys
+from pathlib import Path
+import torch
+from pspnet_fast.models.checkpoint import write_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for numel in (25_000, 100_000, 1_000_000):
+    try:
+        write_checkpoint({"w": torch.zeros(numel), "v": torch.zeros(numel)}, Path("w.pth"))
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_said_as_what_it_is(tmp_path):
+    """PyTorch's own writer says "unexpected pos" instead."""
+    line = [sys.executable, "-c", FULL_DISK]
+    done = subprocess.run(line, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "w.pth: cannot be written: File too large\n" * 3
+    assert not [*tmp_path.iterdir()]
