@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .data.datasets import Dataset, DatasetError, Sample, read_sample
+from .distributed import together
 from .files import replacing
 from .metrics import ABSENT, Absent, Scores, confusion_matrix, scores
 from .predict import PictureError, Protocol, colour, make_folder, predict_labels, save
@@ -149,24 +150,25 @@ def evaluate(
     skipped: dict[int, str] = {}
     worst: list[_Predicted] = []
     start = time.perf_counter()
-    for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
-        try:
-            image, truth = read_sample(dataset.samples[i], dataset)
-        except DatasetError as error:
-            if not skip_corrupt:
-                raise
-            skipped[i] = str(error)
-            continue
-        labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol)
-        found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
-        matrix += found
-        mious[i] = scores(found, "nan").miou
-        if output is not None:
-            predicted = _Predicted(i, mious[i], labels.to(torch.uint8).cpu())
-            if predictions:
-                _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
-            if not math.isnan(predicted.miou):
-                worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
+    with together(world_size):  # a picture that fails in one process would leave the others waiting
+        for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
+            try:
+                image, truth = read_sample(dataset.samples[i], dataset)
+            except DatasetError as error:
+                if not skip_corrupt:
+                    raise
+                skipped[i] = str(error)
+                continue
+            labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol)
+            found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
+            matrix += found
+            mious[i] = scores(found, "nan").miou
+            if output is not None:
+                predicted = _Predicted(i, mious[i], labels.to(torch.uint8).cpu())
+                if predictions:
+                    _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
+                if not math.isnan(predicted.miou):
+                    worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
     if world_size > 1:
         matrix = matrix.cpu() if dist.get_backend() == dist.Backend.GLOO else matrix
         dist.all_reduce(matrix)

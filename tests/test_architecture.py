@@ -11,7 +11,7 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry", "files"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "files", "schema"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "geometry": set(),
     "checks": set(),
     "files": set(),
+    "schema": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},
@@ -35,22 +36,30 @@ MAY_IMPORT = {
     "metrics": LEAVES,
     "charts": set(),
     "predict": {"data", *STACK},
-    "evaluate": {"data", "files", "predict", "metrics", "charts"},
-    "config": {"data", "predict", "models", "nn"},
-    "placement": {"config", "models", "nn"},
-    "arguments": {"config", "placement"},
+    "evaluate": {"data", "distributed", "files", "predict", "metrics", "charts"},
+    "config": {"data", "predict", "models", "nn", "schema"},
+    "placement": {"config", "models", "nn", "schema"},
+    "arguments": {"config", "placement", "schema"},
     "distributed": set(),
-    "snapshot": {"models"},
+    "snapshot": {"config", "models", "schema"},
+    "run_folder": {"files", "snapshot"},
+    "schedule": {"config", "models"},
+    "determinism": set(),
+    "signals": set(),
     "train": {
         "charts",
         "config",
         "data",
+        "determinism",
         "distributed",
         "evaluate",
         "models",
         "nn",
         "placement",
         "predict",
+        "run_folder",
+        "schedule",
+        "signals",
         "snapshot",
     },
     "demo": {"demo", "arguments", "backends", "charts", "config", "data", "evaluate", "predict", "train", *STACK},

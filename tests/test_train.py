@@ -22,7 +22,8 @@ from pspnet_fast.data.datasets import DatasetError
 from pspnet_fast.data.scenes import write_scenes
 from pspnet_fast.data.transforms import Augmentation
 from pspnet_fast.models.checkpoint import CheckpointError
-from pspnet_fast.train import Run, TrainingError, iterations_of, learning_rate, parameter_groups
+from pspnet_fast.schedule import iterations_of, learning_rate, optimizer, parameter_groups
+from pspnet_fast.train import Run, TrainingError
 
 needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
 LIMIT = 300  # seconds that processes of a few seconds may take
@@ -68,7 +69,7 @@ def test_a_run(tiny, scenes, caplog):
     assert (result.iteration, result.finished) == (6, True)
     assert [i for i, _ in result.losses] == [2, 4, 6]
     assert sorted(os.listdir(run.output)) == sorted(
-        [snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS, "learning_curve.png"]
+        [snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS, "learning_curve.png", "train.log", ".lock"]
     )
     last, previous = (snapshot.read(run.output / name) for name in (snapshot.LAST, snapshot.PREVIOUS))
     assert (last["iteration"], previous["iteration"]) == (6, 4)
@@ -216,7 +217,7 @@ def test_all_processes_leave_together(tiny, monkeypatch):
     train.train(recipe, whole)
     _, run = tiny("run", resume="auto", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(train._Stop, "__enter__", lambda self: setattr(self, "asked", os.environ["RANK"] == "1") or self)
+        patch.setattr(train.Stop, "__enter__", lambda self: setattr(self, "asked", os.environ["RANK"] == "1") or self)
         in_processes(recipe, run)
     assert snapshot.read(run.output / snapshot.LAST)["iteration"] == 2
     in_processes(recipe, run)
@@ -280,7 +281,7 @@ def test_another_number_of_processes_goes_on(tiny, caplog):
     train.train(recipe, whole)
     _, half = tiny("run", iterations=6, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Stop, "__enter__", lambda self: setattr(self, "asked", True) or self)
+        patch.setattr(train.Stop, "__enter__", lambda self: setattr(self, "asked", True) or self)
         result = train.train(recipe, half)
     assert (result.iteration, result.finished) == (1, False)
     _, resumed = tiny("run", resume="auto", **options)
@@ -330,7 +331,7 @@ def test_schedule_and_parameter_groups(tiny, monkeypatch):
 def test_adamw(tiny):
     """It trains, its rates are the schedule's, and it goes on to the bit."""
     recipe, whole = tiny("whole", optimizer="adamw", base_lr=1e-3, weight_decay=0.01, validate_images=1)
-    made = train.optimizer(recipe.network(), recipe)
+    made = optimizer(recipe.network(), recipe)
     assert isinstance(made, torch.optim.AdamW)
     assert [group["betas"] for group in made.param_groups] == [(0.9, 0.999)] * 2
     assert [group["weight_decay"] for group in made.param_groups] == [0.01] * 2
@@ -476,7 +477,8 @@ def test_a_full_disk(tiny, monkeypatch, capsys, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**plain(recipe), **plain(run)}))
     assert cli.main(["train", str(path)]) == 2
-    assert "last.pth: cannot be written: No space left on device, last.pth is as it was" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "last.pth: cannot be written: No space left on device; the last.pth that was there is untouched" in error
     assert snapshot.read(run.output / snapshot.LAST)["iteration"] == 2
 
 
@@ -547,6 +549,7 @@ def test_the_command(tiny, tmp_path, capsys):
     assert snapshot.read(run.output / snapshot.LAST)["recipe"] == plain(recipe)
     assert cli.main(["train", str(path), *options, "--bins", "1", "--resume", "auto"]) == 2
     assert "another training: bins [1, 2] instead of [1]" in capsys.readouterr().err
+    options[1] = str(tmp_path / "other")
     assert cli.main(["train", str(path), *options, "--data", str(tmp_path / "none")]) == 2
     assert f"scenes: expected a folder at {tmp_path / 'none'}" in capsys.readouterr().err
     assert cli.main(["train", str(path), *options, "--base-lr", "1e30", "--iterations", "6"]) == 1

@@ -106,7 +106,9 @@ def write_checkpoint(
     with replacing(path, error, keep) as temporary, temporary.open("wb") as file:
         try:
             torch.save(dict(content), file)
-        except RuntimeError as reason:  # how torch's writer says that a write came up short
+        except RuntimeError as reason:  # torch's writer, of its own position, after a write that came up short
+            if isinstance(reason.__context__, OSError):
+                raise OSError(reason.__context__.errno, reason.__context__.strerror) from reason
             raise OSError(" ".join(str(reason).split())) from reason
 
 
