@@ -43,8 +43,8 @@ def opened(folder: Path, resume: str | None) -> Iterator[logging.Logger]:
         folder: of the training.
         resume: "auto", or the path of the snapshot that it goes on from, or None.
 
-    Returns:
-        A logger for lines of `train.log` alone.
+    Yields:
+        A logger for lines of `train.log` alone. What ends the training with an exception is its last line.
 
     Raises:
         SnapshotError: the folder cannot be written into, holds the snapshots of another training, or has another training
@@ -61,7 +61,11 @@ def opened(folder: Path, resume: str | None) -> Iterator[logging.Logger]:
             if left.suffix in _MADE:
                 left.unlink(missing_ok=True)
         with _log(folder / LOG) as lines:
-            yield lines
+            try:
+                yield lines
+            except BaseException as error:
+                lines.error("ended by %s: %s", type(error).__name__, error)
+                raise
 
 
 @contextlib.contextmanager
@@ -138,7 +142,8 @@ def _log(path: Path) -> Iterator[logging.Logger]:
     finally:
         for logger, handler in added:
             logger.removeHandler(handler)
-        file.close()
+        with contextlib.suppress(OSError):  # every line was flushed: what cannot be written has been said
+            file.close()
 
 
 class _File(logging.FileHandler):

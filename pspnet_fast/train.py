@@ -296,6 +296,8 @@ class _Training:
         if self.ours.first:
             save(learning_curve(self.losses, self.scores), settings.output / "learning_curve.png")
         finished = done == self.iterations and not (self.due and number)
+        by = f", ended by {signal.Signals(number).name}" if number else ""
+        self.lines.info("%d of %d iterations are done and saved%s", done, self.iterations, by)
         return Result(done, finished, self.evaluation, self.losses, self.scores, self.failed, number or None)
 
     def _step(self, iteration: int, batches: Iterator[Batch]) -> torch.Tensor:
