@@ -23,6 +23,7 @@ from .schema import nearest, shown
 Settings = TypeVar("Settings")
 
 LARGEST_FILE = 2**16  # bytes; recipes have less than two thousand
+DEEPEST = 4  # lists and groups inside each other; recipes have three
 LONGEST = 400  # characters of a message of jsonargparse, which repeats values
 
 
@@ -198,7 +199,11 @@ def _check_file(path: Path, known: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path}: a file of settings must have at most {LARGEST_FILE} bytes")
     try:
         text = raw.decode()
+        depth = 0
         for event in yaml.parse(text, yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the parser takes minutes for thousands
+                raise ConfigError(f"{path}: line {event.start_mark.line + 1}: settings are not lists in lists")
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 line = event.start_mark.line + 1
                 raise ConfigError(f"{path}: line {line}: settings are written out, without anchors, aliases and tags")

@@ -166,7 +166,7 @@ class Recipe:
         if not all(1 / 100 <= factor <= 100 for factor in varied):
             raise ConfigError(f"augmentation: scale and aspect must be from 0.01 to 100, got {shown([*varied])}")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise ConfigError(f"dropout must be in [0, 1), got {shown(self.dropout)}")
         if self.optimizer == "adamw" and self.momentum == 1:
             raise ConfigError("momentum must be below 1 with optimizer adamw, got 1")
         if self.ohem_threshold == 0:

@@ -44,6 +44,7 @@ from .nn.sync_batch_norm import convert_sync_batch_norm
 from .placement import Precision, autocast, device_of, placed
 from .predict import overlay, predict_labels, save, to_pixels
 from .schedule import iterations_of, learning_rate, optimizer
+from .schema import shown
 from .signals import Left, Stop
 
 try:
@@ -118,7 +119,7 @@ class Run:
         check_between(self, 0, 512, "workers")
         check_between(self, 0, 2**63 - 1, "seed")
         if self.clip_norm is not None and not 0 < self.clip_norm <= LARGE:
-            raise ConfigError(f"clip_norm must be positive and at most {LARGE}, got {self.clip_norm}")
+            raise ConfigError(f"clip_norm must be positive and at most {LARGE}, got {shown(self.clip_norm)}")
 
 
 class Result(NamedTuple):

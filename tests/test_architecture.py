@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "predict",
         "run_folder",
         "schedule",
+        "schema",
         "signals",
         "snapshot",
     },
