@@ -160,7 +160,7 @@ def train(recipe: Recipe, run: Run) -> Result:
     device = device_of(run.device)
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(processes(device))
-        lines = logging.getLogger(f"{__name__}.lines")
+        lines = _LOG  # only the first process writes a log
         with together(ours.world_size):  # before data and network: nothing can be kept where the folder is not right
             if ours.first:
                 lines = stack.enter_context(run_folder.opened(run.output, run.resume))
@@ -295,10 +295,10 @@ class _Training:
                 if number:
                     break
         if self.ours.first:
+            by = f", ended by {signal.Signals(number).name}" if number else ""
+            self.lines.info("%d of %d iterations are done and saved%s", done, self.iterations, by)
             save(learning_curve(self.losses, self.scores), settings.output / "learning_curve.png")
         finished = done == self.iterations and not (self.due and number)
-        by = f", ended by {signal.Signals(number).name}" if number else ""
-        self.lines.info("%d of %d iterations are done and saved%s", done, self.iterations, by)
         return Result(done, finished, self.evaluation, self.losses, self.scores, self.failed, number or None)
 
     def _step(self, iteration: int, batches: Iterator[Batch]) -> torch.Tensor:

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from pspnet_fast.demo.__main__ import main
+from pspnet_fast.demo.learn import learn
 
 pytest.importorskip("jsonargparse")
 SMALL = ["--layers", "18", "--repeats", "1", "--crop", "65", "--scenes", "8", "--iterations", "3"]
@@ -25,6 +26,15 @@ def test_the_demo_learns_compares_and_writes_its_pictures(tmp_path, capsys):
     with Image.open(tmp_path / "street_labels.png") as labels:
         assert labels.size == (640, 480)
     assert (tmp_path / "run" / "best.pth").exists()
+
+
+def test_a_second_demo_goes_on_with_what_the_first_learned(tmp_path, capsys):
+    """Its folder holds a training, which is not begun again."""
+    for _ in range(2):
+        learn(tmp_path, 8, 3)
+    first, second = (said for said in capsys.readouterr().out.split("drawn scenes to learn from")[1:])
+    scores = [said.split("untrained, ")[1].split()[0] for said in (first, second)]
+    assert scores[0] == scores[1]
 
 
 def test_what_the_demo_cannot_read_is_named(tmp_path, capsys):

@@ -35,7 +35,7 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
     folder = output / f"scenes_{scenes}"
     if not folder.exists():
         write_scenes(folder, scenes)
-    places = ["--data", str(folder), "--output", str(output / "run"), "--workers", "1"]
+    places = ["--data", str(folder), "--output", str(output / "run"), "--workers", "1", "--resume", "auto"]
     recipe, run = parse("demo", [RECIPE, *places, "--validate-every", "250", "--validate-images", "30"], Run, "")
     recipe = dataclasses.replace(recipe, iterations=iterations or recipe.iterations)
     unseen = dataset_of(recipe, "val")

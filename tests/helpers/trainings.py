@@ -81,3 +81,7 @@ def in_processes(recipe, run, world_size=2, process=in_one):
             for each in context.processes:
                 each.kill()
             pytest.fail(f"processes {context.pids()} were still running after {LIMIT} s")
+
+
+def largest_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a if a[name].is_floating_point())
