@@ -81,9 +81,7 @@ def _verify(path: Path) -> None:
             # torch's reader takes an entry with this attribute for a folder, and what memory holds for its content.
             damaged = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
             damaged = damaged or archive.testzip()
-    except (
-        Exception
-    ) as error:  # whatever zipfile stumbles over: UnicodeDecodeError, NotImplementedError, zlib.error ...
+    except Exception as error:  # whatever zipfile stumbles over: UnicodeDecodeError, NotImplementedError ...
         raise CheckpointError(f"{path}: truncated or damaged: {error}") from error
     if damaged:
         raise CheckpointError(f"{path}: damaged, in {damaged}")

@@ -169,6 +169,8 @@ def test_any_bit_that_flips(tmp_path):
             assert same(got, whole), (at, bit)
         else:
             assert (got["iteration"], len(skipped)) == (1, 1)
+            with pytest.raises(CheckpointError):
+                read(path)
             assert skipped[0].startswith(f"{path}: ") or repr(str(path)) in skipped[0]
     assert min(found.values()) > 50
 

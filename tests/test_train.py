@@ -38,7 +38,8 @@ def test_a_run(tiny, scenes, caplog):
     last, previous = (snapshot.read(run.output / name) for name in (snapshot.LAST, snapshot.PREVIOUS))
     assert (last["iteration"], previous["iteration"]) == (6, 4)
     assert not torch.equal(last["model"]["cls.4.weight"], previous["model"]["cls.4.weight"])
-    assert result.scores == [(6, result.evaluation.scores.miou)]
+    assert result.scores == [(6, result.evaluation.scores.miou)] == last["scores"]
+    assert (last["best"], last["validation_due"]) == (result.evaluation.scores.miou, False)
     assert len(result.evaluation.images) == 2
 
 
