@@ -9,7 +9,6 @@ lacks is added here: dashes in names, flags without a value (`--flip`, `--no-fli
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from .config import ConfigError, Recipe, check_at_least
+from .config import MANY, ConfigError, Recipe, check_between
 from .placement import Precision
+from .schema import nearest, shown
 
 Settings = TypeVar("Settings")
+
+LARGEST_FILE = 2**16  # bytes; recipes have less than two thousand
+DEEPEST = 4  # lists and groups inside each other; recipes have three
+LONGEST = 400  # characters of a message of jsonargparse, which repeats values
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Evaluating:
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "images", "windows")
+        check_between(self, 1, MANY, "images")
+        check_between(self, 1, 2**12, "windows")
 
 
 def recipes() -> list[str]:
@@ -78,8 +83,9 @@ def find_recipe(name: str) -> Path:
         return Path(str(_folder().joinpath(f"{name}.yaml")))
     if Path(name).is_file():
         return Path(name)
-    nearest = _nearest(name, recipes())
-    raise ConfigError(f"no recipe {name!r}{nearest}: give the path of a YAML file, or one of {', '.join(recipes())}")
+    raise ConfigError(
+        f"no recipe {name!r}{nearest(name, recipes())}: give the path of a YAML file, or one of {', '.join(recipes())}"
+    )
 
 
 def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str) -> tuple[Recipe, Settings]:
@@ -105,7 +111,7 @@ def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str
         given[:1] = ["--config", str(find_recipe(given[0]))]
     elif not {"-h", "--help"} & {*given} and not any(each.startswith("--config") for each in given):
         raise ConfigError(f"CONFIG is missing: one of {', '.join(recipes())}, or the path of a YAML file")
-    given = _arguments(given, known)
+    given = [_checked(word, known) for word in _arguments(given, known)]
     for one, other in (("epochs", "iterations"), ("iterations", "epochs")):
         # Either says how long to train: one on the command line replaces the recipe's other.
         if any(word.startswith(f"--{one}=") for word in given) and not any(
@@ -119,7 +125,7 @@ def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str
         for each in (Recipe, kind):
             names = [part.name for part in dataclasses.fields(cast(Any, each))]
             parts.append(each(**{name: values[name] for name in names}))
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise ConfigError(_explained(str(error), known)) from error
     return cast(Recipe, parts[0]), cast(Settings, parts[1])
 
@@ -162,6 +168,70 @@ def _arguments(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     return made
 
 
+def _checked(word: str, known: Mapping[str, Any]) -> str:
+    """A word for jsonargparse, which reads files wherever a value is the path of one, and repeats in messages what is in them.
+
+    So settings come from files that `_check_file` has seen, and from nowhere else.
+    """
+    name, _, value = word.removeprefix("--").partition("=")
+    if name == "config" and value:
+        path = find_recipe(value)
+        _check_file(path, known)
+        return f"--config={path}"
+    if dataclasses.is_dataclass(known.get(name)) and value and not value.startswith("{"):
+        raise ConfigError(
+            f"{name} is given by its parts, such as --{next(n for n in known if n.startswith(name + '.'))}"
+        )
+    return word
+
+
+def _check_file(path: Path, known: Mapping[str, Any]) -> None:
+    """See that a YAML file holds names of settings, each once, and values written out: no anchors, aliases or tags.
+
+    Raises:
+        ConfigError: it does not, with the line, and with nothing of what else is in the file.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise ConfigError(f"{path}: a file of settings must have at most {LARGEST_FILE} bytes")
+    try:
+        text = raw.decode()
+        depth = 0
+        for event in yaml.parse(text, yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the parser takes minutes for thousands
+                raise ConfigError(f"{path}: line {event.start_mark.line + 1}: settings are not lists in lists")
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                line = event.start_mark.line + 1
+                raise ConfigError(f"{path}: line {line}: settings are written out, without anchors, aliases and tags")
+        node = yaml.compose(text, yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}: line {line}: is not YAML: {error.problem}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML text ({type(error).__name__})") from None
+    _check_names(node, path, known, "")
+
+
+def _check_names(node: Any, path: Path, known: Mapping[str, Any], inside: str) -> None:
+    if getattr(node, "id", None) != "mapping":
+        raise ConfigError(f"{path}: {inside.rstrip('.') or 'the file'} must hold names and values, such as 'crop: 473'")
+    seen = set()
+    for key, value in node.value:
+        name = f"{inside}{key.value}" if key.id == "scalar" else ""
+        where = f"{path}: line {key.start_mark.line + 1}"
+        if name not in known:
+            raise ConfigError(f"{where}: there is no option {shown(name)}{nearest(name, list(known))}")
+        if name in seen:
+            raise ConfigError(f"{where}: {name} is there twice")
+        seen.add(name)
+        if dataclasses.is_dataclass(known[name]):
+            _check_names(value, path, known, f"{name}.")
+
+
 def _is_tuple(hint: Any) -> bool:
     return get_origin(hint) is tuple or any(get_origin(each) is tuple for each in get_args(hint))
 
@@ -169,13 +239,9 @@ def _is_tuple(hint: Any) -> bool:
 def _explained(message: str, known: Mapping[str, Any]) -> str:
     """The message of jsonargparse, with the nearest name where one is unknown."""
     message = " ".join(message.split())
+    message = message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."
     unknown = re.search(r"unrecognized arguments: --(\S+?)(?:=.*)?$|(?:Option|Key|key) '([^']+)' is not", message)
     if unknown is None:
         return message
     name = unknown.group(1) or unknown.group(2)
-    return f"there is no option {name!r}{_nearest(name, list(known))}"
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f"there is no option {name!r}{nearest(name, list(known))}"

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,11 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    """Exit status 0; 1 where a loss was not finite; 2 where nothing could start; 143 where SIGTERM ended it, after saving."""
+    """Train; the exit status.
+
+    0; 1 where a loss was not finite, or a validation failed of a training that is whole; 2 where nothing could start or go
+    on; 130 and 143 where Ctrl-C or SIGTERM ended it, after saving.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         from . import arguments, train
@@ -92,12 +97,27 @@ def _train(argv: Sequence[str]) -> int:
     try:
         recipe, run = arguments.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
         result = train.train(recipe, run)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"pspnet-fast train: {error}", file=sys.stderr)
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        print(f"pspnet-fast train: {error or type(error).__name__}", file=sys.stderr)
         return 1 if isinstance(error, train.TrainingError) else 2
-    if not result.finished:
-        print(f"pspnet-fast train: ended by a signal after iteration {result.iteration}, saved; --resume auto goes on")
-        return 143
+    except KeyboardInterrupt:
+        print("pspnet-fast train: ended by Ctrl-C; --resume auto goes on from the last snapshot", file=sys.stderr)
+        return 130
+    if result.signal is not None and not result.finished:
+        name = "Ctrl-C" if result.signal == signal.SIGINT else "SIGTERM"
+        print(
+            f"pspnet-fast train: ended by {name} after iteration {result.iteration}, which is saved; --resume auto goes on",
+            file=sys.stderr,
+        )
+        return 128 + result.signal
+    if result.failed:
+        iteration, reason = result.failed[-1]
+        print(
+            f"pspnet-fast train: all {result.iteration} iterations are done and saved, but {len(result.failed)} of the "
+            f"validations failed, the last at iteration {iteration}: {reason}; --resume auto repeats that of the end",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, cast
 
 from .data.classes import CLASSES, Classes
 from .data.datasets import IGNORED, Dataset, find_dataset
@@ -24,6 +24,7 @@ from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.plain_ppm import Pooling
 from .nn.psp_head import Head
 from .predict import DEEP_CLASSES, Protocol
+from .schema import from_plain, shown
 
 DatasetName = Literal["ade20k", "voc2012", "cityscapes", "scenes", "list"]
 
@@ -135,22 +136,38 @@ class Recipe:
     absent: Literal["zero", "nan", "one"] = "zero"
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "layers", "width", "crop", "batch_size", "classes", "iterations", "epochs", "base_size")
-        check_at_least(self, 0, "aux_weight", "base_lr", "head_lr_factor", "momentum", "weight_decay", "power")
-        check_at_least(self, 0, "warmup", "ohem_min_kept")
-        check_at_least(self, 1, "reduction_channels", "bottleneck_channels", "aux_channels")
+        check_between(self, 1, MANY, "layers", "iterations", "epochs")
+        check_between(self, 2, 512, "width")
+        check_between(self, 1, 2**16, "batch_size", "classes", "base_size")
+        check_between(self, 1, 2**13, "crop")
+        check_between(self, 1, 2**14, "reduction_channels", "bottleneck_channels", "aux_channels")
+        check_between(self, 0, MANY, "warmup", "ohem_min_kept")
+        check_between(self, 0, LARGE, "aux_weight", "base_lr", "head_lr_factor", "weight_decay")
+        check_between(self, 0, 100, "power")
+        check_between(self, 0, 1, "momentum", "label_smoothing", "ohem_threshold")
+        if self.width % 2:
+            raise ConfigError(f"width must be even, got {self.width}")
         if not {*self.kernel_sizes} <= {1, 3}:
             raise ConfigError(f"kernel_sizes must be 1 or 3 each, got {[*self.kernel_sizes]}")
         if not self.bin1_norm and (self.pooling != "average" or not self.reduction):
             raise ConfigError("bin1_norm false needs pooling average and reduction")
         if self.crop < self.output_stride:
             raise ConfigError(f"crop must be at least output_stride = {self.output_stride}, got {self.crop}")
-        if not self.bins or min(self.bins) < 1:
-            raise ConfigError(f"bins must be positive and at least one, got {[*self.bins]}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError(f"scales must be positive and at least one, got {[*self.scales]}")
+        for name, most, count in (("bins", 2**8, 16), ("scales", 16, 32)):
+            values = getattr(self, name)
+            if not 1 <= len(values) <= count or not all(0 < value <= most for value in values):  # NaN is refused, too
+                raise ConfigError(
+                    f"{name} must be positive, at most {most} each, and 1 to {count} of them, got {shown([*values])}"
+                )
+        varied = (*self.augmentation.scale, *(self.augmentation.aspect or ()))
+        if not all(1 / 100 <= factor <= 100 for factor in varied):
+            raise ConfigError(f"augmentation: scale and aspect must be from 0.01 to 100, got {shown([*varied])}")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise ConfigError(f"dropout must be in [0, 1), got {shown(self.dropout)}")
+        if self.optimizer == "adamw" and self.momentum == 1:
+            raise ConfigError("momentum must be below 1 with optimizer adamw, got 1")
+        if self.ohem_threshold == 0:
+            raise ConfigError("ohem_threshold must be above 0, got 0")
         if self.dataset == "list" and self.classes is None:
             raise ConfigError("dataset 'list' needs classes, the number of classes of its labels")
 
@@ -215,27 +232,35 @@ NETWORK = (
 )
 
 
-def check_at_least(settings: object, least: float, *names: str) -> None:
+MANY = 10**9
+"""The most steps, pictures or pixels that a setting can ask for."""
+LARGE = 1e30
+"""The largest factor: what is multiplied with another such is still a number in float64."""
+
+
+def check_between(settings: object, least: float, most: float, *names: str) -> None:
+    """See that settings of a dataclass are from `least` to `most`, or None.
+
+    Raises:
+        ConfigError: one is not (NaN is not, either); the message names it and the bound.
+    """
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not value >= least:  # NaN is refused, too
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name} must be at least {least}, got {shown(value)}")
+        if value is not None and not value <= most:
+            raise ConfigError(f"{name} must be at most {most}, got {shown(value)}")
 
 
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict` made a dictionary of, as checkpoints hold it (`plain`).
+def recipe_of(settings: object) -> Recipe:
+    """The recipe that `plain` made a dictionary of, as checkpoints hold it.
 
     What is left out has its default: `pspnet-fast convert` writes what the network is made of, and nothing of a training.
+
+    Raises:
+        ConfigError: a setting that is unknown, of another type or out of its bounds, by name.
     """
-    values: dict[str, Any] = _tuples(settings)
-    for key, hint in get_type_hints(Recipe).items():
-        if values.get(key) is not None and Path in get_args(hint):
-            values[key] = Path(values[key])
-    return Recipe(**{**values, "augmentation": Augmentation(**_tuples(settings.get("augmentation", {})))})
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return from_plain(Recipe, settings, ConfigError)
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -280,9 +305,9 @@ def dataset_of(recipe: Recipe, split: str) -> Dataset:
     return find_dataset(recipe.dataset, recipe.data, split, list_file=list_file, classes=recipe.class_table())
 
 
-def differing_settings(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
+def differing_settings(recipe: Recipe, saved: Recipe) -> list[str]:
     """What makes the network of a snapshot another one than the recipe's, such as "layers 18 instead of 50"."""
-    before, now = plain(recipe_of(saved)), plain(recipe)
+    before, now = plain(saved), plain(recipe)
     return [f"{name} {before[name]} instead of {now[name]}" for name in NETWORK if before[name] != now[name]]
 
 
@@ -292,23 +317,41 @@ def trained_network(weights: Path, recipe: Recipe) -> tuple[PSPNet, Recipe]:
     A snapshot of a training knows its network: what `recipe` says of it otherwise gives way, and is logged.
 
     Raises:
-        OSError: no such file. CheckpointError: it does not fit the recipe's network, or its classes.
+        OSError: no such file. CheckpointError: it does not fit the recipe's network, or its classes, or the recipe in it
+            cannot be.
     """
     content = read_checkpoint(weights)
-    if isinstance(content.get("recipe"), Mapping):
-        net, saved = snapshot_network(content)
+    if "recipe" in content:
+        net, saved = snapshot_network(content, str(weights))
         classes, own = (len(each.class_table().names) for each in (recipe, saved))
         if classes != own:
             raise CheckpointError(f"{weights}: has {own} classes ({saved.dataset}), and {recipe.dataset} {classes}")
-        if differing := differing_settings(recipe, content["recipe"]):
+        if differing := differing_settings(recipe, saved):
             _LOG.warning("%s: the network is the snapshot's: %s", weights, ", ".join(differing))
         return net, dataclasses.replace(recipe, **{name: getattr(saved, name) for name in NETWORK[2:]})
-    plain_recipe = dataclasses.replace(recipe, backbone=None)
-    return fitted(lambda: plain_recipe.network(aux=False), content).eval(), recipe
+    return _loaded(recipe, content), recipe
 
 
-def snapshot_network(content: Mapping[str, Any]) -> tuple[PSPNet, Recipe]:
-    """The network of a training's snapshot, in evaluation mode and without auxiliary head, and the recipe of the training."""
-    recipe = recipe_of(content["recipe"])
-    plain_recipe = dataclasses.replace(recipe, backbone=None)
-    return fitted(lambda: plain_recipe.network(aux=False), content).eval(), recipe
+def snapshot_network(content: Mapping[str, Any], name: str = "the snapshot") -> tuple[PSPNet, Recipe]:
+    """The network of a training's snapshot, in evaluation mode and without auxiliary head, and the recipe of the training.
+
+    Args:
+        content: what `read_checkpoint` found.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: the recipe cannot be, or the weights are another network's.
+    """
+    try:
+        recipe = recipe_of(content["recipe"])
+        return _loaded(recipe, content), recipe
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its recipe cannot be: {error}") from error
+
+
+def _loaded(recipe: Recipe, content: Mapping[str, Any]) -> PSPNet:
+    """The recipe's network with the weights of a checkpoint, in evaluation mode."""
+    recipe = dataclasses.replace(recipe, backbone=None)
+    return fitted(lambda: recipe.network(aux=False), content).eval()

@@ -6,10 +6,14 @@ import contextlib
 import os
 import traceback
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+class ProcessError(RuntimeError):
+    """Another process of the group failed; the message is its own."""
 
 
 class Processes(NamedTuple):
@@ -48,6 +52,36 @@ def processes(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def together(world_size: int) -> Iterator[None]:
+    """Work that every process of the group leaves in the same way: where it fails in one, it fails in all.
+
+    Without, those that did not fail wait in the next collective for one that never comes. The work itself may hold
+    collectives only where none can be missed.
+
+    Args:
+        world_size: how many there are; with 1 nothing is done.
+
+    Raises:
+        ProcessError: where the work of another process raised, with what that was. A process's own exception stays.
+    """
+    if world_size == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reports: list[Any] = [None] * world_size
+    dist.all_gather_object(reports, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, report in enumerate(reports):
+        if report is not None:
+            raise ProcessError(f"process {rank}: {report}")
+
+
 def _let_go(error: BaseException | None) -> None:
     """Clear the frames that an exception keeps alive: they may hold a DistributedDataParallel.
 
@@ -55,6 +89,8 @@ def _let_go(error: BaseException | None) -> None:
     handle of the group, and not where it is DistributedDataParallel, so one that outlives `destroy_process_group` can wait
     forever for a thread that waits for the GIL.
     """
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # exceptions may name each other as their causes
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

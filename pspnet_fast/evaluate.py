@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .data.datasets import IGNORED, Dataset, DatasetError, Sample, read_sample
+from .distributed import together
 from .files import check_target, replacing
 from .metrics import ABSENT, Absent, Scores, confusion_matrix, scores
 from .predict import PictureError, colour, make_folder, one_line, save, save_labels
@@ -167,30 +168,31 @@ def evaluate(
     worst: list[_Predicted] = []
     unwritten: list[str] = []
     start = time.perf_counter()
-    for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
-        try:
-            image, truth = read_sample(dataset.samples[i], dataset)
-        except DatasetError as error:
-            if not skip_corrupt:
-                raise
-            skipped[i] = str(error)
-            continue
-        try:
-            labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol, band=band)
-            found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
-        except (RuntimeError, MemoryError) as error:
-            raise RuntimeError(f"{dataset.samples[i].image}: cannot be evaluated: {one_line(error)}") from error
-        matrix += found
-        mious[i] = scores(found, "nan").miou
-        if output is not None:
-            predicted = _Predicted(i, mious[i], labels.to(torch.uint8).cpu())
-            if predictions and not unwritten:
-                try:
-                    _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
-                except PictureError as error:
-                    unwritten.append(f"{error}; no predictions were written after it")
-            if not math.isnan(predicted.miou):
-                worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
+    with together(world_size):  # a picture that fails in one process would leave the others waiting
+        for i in tqdm(range(rank, len(dataset.samples), world_size), unit="picture", disable=not progress or rank > 0):
+            try:
+                image, truth = read_sample(dataset.samples[i], dataset)
+            except DatasetError as error:
+                if not skip_corrupt:
+                    raise
+                skipped[i] = str(error)
+                continue
+            try:
+                labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol, band=band)
+                found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
+            except (RuntimeError, MemoryError) as error:
+                raise RuntimeError(f"{dataset.samples[i].image}: cannot be evaluated: {one_line(error)}") from error
+            matrix += found
+            mious[i] = scores(found, "nan").miou
+            if output is not None:
+                predicted = _Predicted(i, mious[i], labels.to(torch.uint8).cpu())
+                if predictions and not unwritten:
+                    try:
+                        _save_prediction(predicted.labels, dataset, output / "predictions" / names[i])
+                    except PictureError as error:
+                        unwritten.append(f"{error}; no predictions were written after it")
+                if not math.isnan(predicted.miou):
+                    worst = sorted([*worst, predicted], key=lambda one: (one.miou, one.number))[:WORST]
     parts: list[Any] = [None] * world_size
     if world_size > 1:
         matrix = matrix.cpu() if dist.get_backend() == dist.Backend.GLOO else matrix

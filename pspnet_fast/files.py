@@ -94,7 +94,7 @@ def check_target(
         overwrite: whether a file that is there may be replaced.
 
     Raises:
-        error: its folder does not exist or cannot be written into, it is a folder, a source, or there already.
+        error: it is a folder, one of the sources or there already, or its folder does not exist or cannot be written into.
     """
     folder = path.parent
     if path.is_dir():

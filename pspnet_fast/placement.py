@@ -9,6 +9,7 @@ import torch
 from .config import ConfigError
 from .models.pspnet import PSPNet
 from .nn.ppm import PPM
+from .schema import shown
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -22,9 +23,13 @@ def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"device must be cpu, cuda or cuda:1, got {name!r}") from error
+        raise ConfigError(f"device must be cpu, cuda or cuda:1, got {shown(name)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:1, got {shown(name)}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name}: torch {torch.__version__} finds no CUDA GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: there are {torch.cuda.device_count()} CUDA GPUs here, counted from 0")
     return device
 
 

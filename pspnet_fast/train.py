@@ -6,6 +6,9 @@ SGD with momentum, the "poly" learning rate, pyramid and classifiers at ten time
 A run is a function of its settings: the batch of an iteration, its augmentation and its dropout are seeded with (seed,
 iteration), so a run that was killed and resumed ends with the weights of one that was not, to the bit on the same machine.
 `pspnet-fast train` is its command line. Past 300 lines, because settings, step, validation and log are read as one loop.
+
+A snapshot is saved before the validation at its iteration, and once more with the scores after it. The first says that the
+validation is due, and a run that goes on from it begins with that: nothing that happens in a validation costs a training.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -29,18 +31,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import snapshot
+from . import run_folder, snapshot
 from .charts import learning_curve
-from .config import ConfigError, Recipe, check_at_least, dataset_of, differing_settings, plain, protocol_of, recipe_of
+from .config import LARGE, MANY, ConfigError, Recipe, check_between, dataset_of, plain, protocol_of
 from .data.datasets import IGNORED, check_dataset, read_image
-from .data.loader import Batch, Samples, Steps, loader
-from .distributed import Processes, processes
+from .data.loader import Batch, Samples, Steps, batches, loader
+from .determinism import determinism, seed_step
+from .distributed import Processes, processes, together
 from .evaluate import Evaluation, evaluate
-from .models.checkpoint import CheckpointError
-from .models.pspnet import PSPNet, TrainingOutput
+from .models.pspnet import TrainingOutput
 from .nn.sync_batch_norm import convert_sync_batch_norm
 from .placement import Precision, autocast, device_of, placed
 from .predict import overlay, predict_labels, save, to_pixels
+from .schedule import iterations_of, learning_rate, optimizer
+from .schema import shown
+from .signals import Left, Stop
 
 try:
     from PIL import Image
@@ -52,7 +57,7 @@ _LOG = logging.getLogger(__name__)
 
 SHOWN = 4  # pictures of predictions
 # Settings of a run that weights depend on to the bit.
-_EXACT = ("seed", "precision", "channels_last", "compile", "accumulate", "clip_norm", "sync_bn")
+_EXACT = ("seed", "precision", "channels_last", "compile", "accumulate", "clip_norm", "sync_bn", "deterministic")
 # torch 2.13 has another name for it.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SENDS_BUFFERS = "forward_sync_buffers" if _NEW_NAME else "broadcast_buffers"
@@ -67,7 +72,7 @@ class Run:
     """How a recipe is carried out.
 
     Args:
-        output: folder of snapshots, log and TensorBoard files.
+        output: folder of snapshots, log (train.log) and TensorBoard files: of this training alone.
         seed: of weights, order, augmentation and dropout.
         deterministic: refuse every operation that does not repeat to the bit, on a GPU too.
         resume: "auto" goes on from the newest whole snapshot in `output`, if there is one; or the path of a snapshot.
@@ -109,10 +114,12 @@ class Run:
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "checkpoint_every", "validate_every", "validate_images", "log_every", "accumulate")
-        check_at_least(self, 0, "workers", "seed")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ConfigError(f"clip_norm must be positive, got {self.clip_norm}")
+        check_between(self, 1, MANY, "checkpoint_every", "validate_every", "validate_images", "log_every")
+        check_between(self, 1, 2**16, "accumulate")
+        check_between(self, 0, 512, "workers")
+        check_between(self, 0, 2**63 - 1, "seed")
+        if self.clip_norm is not None and not 0 < self.clip_norm <= LARGE:
+            raise ConfigError(f"clip_norm must be positive and at most {LARGE}, got {shown(self.clip_norm)}")
 
 
 class Result(NamedTuple):
@@ -120,11 +127,13 @@ class Result(NamedTuple):
 
     Attributes:
         iteration: steps done, in all.
-        finished: whether that is all of them; else SIGTERM or SIGINT ended the run.
+        finished: whether that is all of them, with the validation at the end; else a signal ended the run.
         evaluation: the last validation, if there was one.
         losses: (iteration, loss) of every line of the log; the mean over the iterations since the last, without the auxiliary
             loss.
         scores: (iteration, mIoU) of every validation.
+        failed: (iteration, reason) of every validation of this run that failed.
+        signal: SIGTERM or SIGINT, where one ended the run.
     """
 
     iteration: int
@@ -132,110 +141,36 @@ class Result(NamedTuple):
     evaluation: Evaluation | None
     losses: list[tuple[int, float]]
     scores: list[tuple[int, float]]
-
-
-def learning_rate(recipe: Recipe, iteration: int, iterations: int) -> float:
-    """base_lr * (1 - iteration / iterations) ** power, the backbone's rate in step `iteration`, counted from 0.
-
-    Over the first `warmup` iterations it is multiplied with (iteration + 1) / warmup.
-    """
-    rising = min(1.0, (iteration + 1) / recipe.warmup) if recipe.warmup else 1.0
-    return float(recipe.base_lr * (1 - iteration / iterations) ** recipe.power * rising)
-
-
-def parameter_groups(net: PSPNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """The backbone's parameters, and the others with `factor` 10 (`head_lr_factor`)."""
-    backbone = ("layer0.", "layer1.", "layer2.", "layer3.", "layer4.", "backbone.")
-    named = [*net.named_parameters()]
-    of_backbone = [p for name, p in named if name.startswith(backbone)]
-    of_head = [p for name, p in named if not name.startswith(backbone)]
-    return [{"params": of_backbone, "factor": 1.0}, {"params": of_head, "factor": recipe.head_lr_factor}]
-
-
-def optimizer(net: PSPNet, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's, over `parameter_groups`."""
-    groups, rate, decay = parameter_groups(net, recipe), recipe.base_lr, recipe.weight_decay
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999), weight_decay=decay)
-    return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, weight_decay=decay)
-
-
-def iterations_of(recipe: Recipe, images: int) -> int:
-    """Steps of the whole training; epochs are rounded up to whole batches.
-
-    Raises:
-        ConfigError: neither or both of iterations and epochs are given.
-    """
-    if (recipe.iterations is None) == (recipe.epochs is None):
-        raise ConfigError(f"give iterations or epochs, got {recipe.iterations} and {recipe.epochs}")
-    return recipe.iterations or math.ceil(cast(int, recipe.epochs) * images / recipe.batch_size)
+    failed: list[tuple[int, str]]
+    signal: int | None
 
 
 def train(recipe: Recipe, run: Run) -> Result:
     """Train, validate and write snapshots, until the last iteration or SIGTERM.
 
     Returns:
-        How it went. `output` then holds last.pth, previous.pth, best.pth of the best validation, and learning_curve.png.
+        How it went. `output` then holds last.pth, previous.pth, best.pth of the best validation, train.log and
+        learning_curve.png. A validation that fails is logged, kept in the result, and ends nothing.
 
     Raises:
         ConfigError: settings that cannot work. DatasetError: data that is not as it must be. CheckpointError: a snapshot of
-            another network, or damaged. SnapshotError: one cannot be written. TrainingError: a loss is not finite.
+            another network, or damaged. SnapshotError: one cannot be written, or `output` is another training's.
+            TrainingError: a loss is not finite. ProcessError: in the processes that did not fail, where one did.
     """
     device = device_of(run.device)
-    with processes(device) as ours, _determinism(run.deterministic):
-        return _Training(recipe, run, ours.device(device), ours).run()
-
-
-@contextlib.contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    tuned = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    # Nothing here reads what nobody wrote (the tests fill memory with NaN), so it need not be filled.
-    memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[1], tuned
-
-
-def seed_step(seed: int, iteration: int, rank: int) -> None:
-    """All of torch's chance in one step of one process, dropout above all: as good as saving every generator's state."""
-    mixed = np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(mixed[0] >> np.uint64(1)))
-
-
-class _Stop:
-    """SIGTERM and SIGINT ask for an end after the step; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread: then whoever runs that one decides
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(processes(device))
+        lines = _LOG  # only the first process writes a log
+        with together(ours.world_size):  # before data and network: nothing can be kept where the folder is not right
+            if ours.first:
+                lines = stack.enter_context(run_folder.opened(run.output, run.resume))
+        stack.enter_context(determinism(run.deterministic))
+        return _Training(recipe, run, ours.device(device), ours, lines).run()
 
 
 class _Training:
-    def __init__(self, recipe: Recipe, run: Run, device: torch.device, ours: Processes) -> None:
-        self.recipe, self.settings, self.device, self.ours = recipe, run, device, ours
+    def __init__(self, recipe: Recipe, run: Run, device: torch.device, ours: Processes, lines: logging.Logger) -> None:
+        self.recipe, self.settings, self.device, self.ours, self.lines = recipe, run, device, ours, lines
         parts = ours.world_size * run.accumulate
         if recipe.batch_size % parts:
             raise ConfigError(
@@ -246,23 +181,24 @@ class _Training:
         self.validation = dataset_of(recipe, "val")
         if run.validate_images is not None:
             self.validation = self.validation._replace(samples=self.validation.samples[: run.validate_images])
-        if run.check_data and ours.first:
-            for dataset in (self.data, self.validation):
-                check_dataset(dataset, max(1, run.workers))
+        with together(ours.world_size):
+            if run.check_data and ours.first:
+                for dataset in (self.data, self.validation):
+                    check_dataset(dataset, max(1, run.workers))
         self.iterations = iterations_of(recipe, len(self.data.samples))
         if ours.first:
             for dataset in (self.data, self.validation):
                 _LOG.info("%s: %s", dataset.split, dataset.source)
-            run.output.mkdir(parents=True, exist_ok=True)
 
         torch.manual_seed(run.seed)
         self.net = placed(recipe.network(), device, run.channels_last)
         self.optimizer = optimizer(self.net, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-        self.first, self.best = 0, -math.inf
         self.losses: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []
+        self.failed: list[tuple[int, str]] = []
         self.evaluation: Evaluation | None = None
+        self.first, self.best, self.due, self.skipped = 0, -math.inf, False, False
         self._resume()
         self.model = self._wrapped()
         self.board = self._open_board() if run.tensorboard and ours.first else None
@@ -291,37 +227,25 @@ class _Training:
             if found is None:
                 return
             path, content, skipped = found
-            for sentence in skipped:
+            self.skipped = bool(skipped)
+            for sentence in skipped if self.ours.first else ():
                 _LOG.warning("skipped a snapshot: %s", sentence)
         else:
             path = Path(wanted)
             content = snapshot.read(path)
-        differing = differing_settings(self.recipe, content["recipe"])
-        saved = recipe_of(content["recipe"])
-        if saved.optimizer != self.recipe.optimizer:
-            differing.append(f"optimizer {saved.optimizer} instead of {self.recipe.optimizer}")
-        if (saved.aux_weight > 0) != (self.recipe.aux_weight > 0):
-            differing.append(f"aux_weight {saved.aux_weight} instead of {self.recipe.aux_weight}")
-        if differing:
-            raise CheckpointError(f"{path}: is a snapshot of another training: {', '.join(differing)}")
+        snapshot.check_same_training(content, self.recipe, path)
         self.net.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.first, self.best = content["iteration"], content["best"]
-        self.losses, self.scores = ([(int(i), float(v)) for i, v in content[key]] for key in ("losses", "scores"))
+        snapshot.load_optimizer(content["optimizer"], self.optimizer, path)
+        if content["scaler"]:  # empty where the run before had no scaled loss
+            snapshot.load_scaler(content["scaler"], self.scaler, path)
+        self.first, self.best = content["iteration"], content.get("best", -math.inf)
+        self.due = content.get("validation_due", False)
+        self.losses, self.scores = (
+            [(int(i), float(v)) for i, v in content.get(key, ())] for key in ("losses", "scores")
+        )
         if self.first > self.iterations:
             raise ConfigError(f"{path}: has {self.first} iterations, more than the {self.iterations} of this run")
-        changed = [
-            f"{name} {before} -> {now}"
-            for name, before, now in (
-                ("processes", content["processes"], self.ours.world_size),
-                ("torch", content["torch"], torch.__version__),
-                ("training images", content["images"], len(self.data.samples)),
-                *((name, content["run"][name], getattr(self.settings, name)) for name in _EXACT),
-                *((name, content["recipe"][name], value) for name, value in plain(self.recipe).items()),
-            )
-            if before != now and name != "data"
-        ]
+        changed = snapshot.changes(content, self.recipe, self._circumstances())
         if self.ours.first:
             if changed:
                 _LOG.warning("not to the bit what it would have been without the break: %s", ", ".join(changed))
@@ -334,7 +258,6 @@ class _Training:
             self.first, self.iterations, recipe.batch_size, settings.accumulate, self.ours.rank, self.ours.world_size
         )
         self.samples, self.steps = samples, steps
-        batches = iter(loader(samples, steps, settings.workers, self.device))
         bar = tqdm(
             total=self.iterations,
             initial=self.first,
@@ -343,33 +266,40 @@ class _Training:
             desc="train",
             smoothing=0.1,
         )
-        done, pending = self.first, []
+        done, pending, number = self.first, [], 0
+        alone = self.ours.world_size == 1
         self.model.train()
-        with _Stop() as stop, contextlib.closing(bar):
+        with contextlib.ExitStack() as stack:
+            if self.board is not None:
+                stack.callback(self.board.close)
+            stop = self.stop = stack.enter_context(Stop(self.ours.first))
+            stack.enter_context(contextlib.closing(bar))
+            if self.due:  # before any worker starts
+                number = self._validate(done, saved=True)
+            following = stack.enter_context(batches(loader(samples, steps, settings.workers, self.device)))
             self.since = time.perf_counter()
-            for iteration in range(self.first, self.iterations):
-                pending.append(self._step(iteration, batches))
+            for iteration in range(self.first, self.first if number else self.iterations):
+                pending.append(self._step(iteration, following))
                 done = iteration + 1
                 bar.update()
-                alone = self.ours.world_size == 1
                 last = done == self.iterations
                 saves = done % settings.checkpoint_every == 0 or last
-                validates = last or (settings.validate_every is not None and done % settings.validate_every == 0)
-                leaves = False
-                if saves or validates or done % settings.log_every == 0 or (alone and stop.asked):
-                    leaves = self._look(done, pending, stop.asked, bar)
+                self.due = last or (settings.validate_every is not None and done % settings.validate_every == 0)
+                if saves or self.due or done % settings.log_every == 0 or (alone and stop.asked):
+                    number = self._look(done, pending, stop, bar)
                     pending = []
-                if validates:
-                    self._validate(done)
-                if saves or leaves:
+                if saves or number:
                     self._save(done)
-                if leaves:
+                if self.due and not number:
+                    number = self._validate(done, saves)
+                if number:
                     break
         if self.ours.first:
+            by = f", ended by {signal.Signals(number).name}" if number else ""
+            self.lines.info("%d of %d iterations are done and saved%s", done, self.iterations, by)
             save(learning_curve(self.losses, self.scores), settings.output / "learning_curve.png")
-        if self.board is not None:
-            self.board.close()
-        return Result(done, done == self.iterations, self.evaluation, self.losses, self.scores)
+        finished = done == self.iterations and not (self.due and number)
+        return Result(done, finished, self.evaluation, self.losses, self.scores, self.failed, number or None)
 
     def _step(self, iteration: int, batches: Iterator[Batch]) -> torch.Tensor:
         """One step of the optimiser; the means of main and auxiliary loss, on the device: nothing waits for a GPU here."""
@@ -415,17 +345,21 @@ class _Training:
             dist.all_reduce(pixels)
         return [self.ours.world_size / pixels.clamp(min=1)] * len(labels)  # where all are ignored, the loss is 0
 
-    def _look(self, done: int, pending: Sequence[torch.Tensor], asked: bool, bar: tqdm[Any]) -> bool:
-        """Log the steps since the last look; whether any process was asked to stop. Every process comes here together.
+    def _look(self, done: int, pending: Sequence[torch.Tensor], stop: Stop, bar: tqdm[Any]) -> int:
+        """Log the steps since the last look. All processes come here together.
+
+        Returns:
+            The signal that asked any of them to stop, or 0.
 
         Raises:
             TrainingError: in every process, where a loss was not finite in any.
         """
         losses = torch.stack([*pending]) if pending else torch.zeros(0, 2, device=self.device)
-        shared = torch.cat([losses.flatten(), losses.new_tensor([float(asked)])])
+        interrupted = stop.asked and stop.number == signal.SIGINT
+        shared = torch.cat([losses.flatten(), losses.new_tensor([float(stop.asked), float(interrupted)])])
         if self.ours.world_size > 1:
             dist.all_reduce(shared)
-        values = shared[:-1].view(-1, 2).double().cpu() / self.ours.world_size
+        values = shared[:-2].view(-1, 2).double().cpu() / self.ours.world_size
         broken = (~values.isfinite()).any(1).nonzero()
         if len(broken):
             self._report(done - len(pending) + int(broken[0]), losses[int(broken[0])])
@@ -436,11 +370,15 @@ class _Training:
             self.since = now
             lr = learning_rate(self.recipe, done - 1, self.iterations)
             self.losses.append((done, main))
-            bar.set_postfix_str(f"loss {main:.3f}, aux {aux:.3f}, lr {lr:.2g}, {rate:.1f} images/s")
+            line = f"loss {main:.3f}, aux {aux:.3f}, lr {lr:.2g}, {rate:.1f} images/s"
+            bar.set_postfix_str(line)
+            self.lines.info("iteration %d: %s", done, line)
             if self.board is not None:
                 for name, value in (("loss", main), ("aux_loss", aux), ("learning_rate", lr), ("images_per_s", rate)):
                     self.board.add_scalar(f"train/{name}", value, done)
-        return bool(shared[-1] > 0)
+        if not shared[-2]:
+            return 0
+        return signal.SIGINT if shared[-1] else signal.SIGTERM
 
     def _report(self, iteration: int, own: torch.Tensor) -> None:
         """Raise for the first loss that is not finite, with the files of the batch where it is this process's."""
@@ -453,10 +391,49 @@ class _Training:
             f"The last snapshot in {self.settings.output} is from before"
         )
 
-    def _validate(self, done: int) -> None:
+    def _validate(self, done: int, saved: bool) -> int:
+        """Score the network as it is after `done` iterations; the signal that came meanwhile and ended it, or 0.
+
+        Args:
+            done: iterations.
+            saved: whether last.pth is of this iteration, and gets the scores, too.
+        """
+        alone = self.ours.world_size == 1  # else the others would wait for this process
         self.net.eval()
+        try:
+            with self.stop.at_once() if alone else contextlib.nullcontext(), together(self.ours.world_size):
+                found = self._evaluate()
+                if self.board is not None:
+                    self._show(self.board, found, done)
+        except Left:
+            return self.stop.number
+        except Exception as error:  # of whatever kind: hours of training are worth more than one validation
+            self.failed.append((done, f"{type(error).__name__}: {error}"))
+            if self.ours.first:
+                _LOG.error("iteration %d: the validation failed, the training is kept: %s", *self.failed[-1])
+            return 0
+        finally:
+            self.net.train()
+        self.evaluation, self.due = found, False
+        scores = found.scores
+        self.scores.append((done, scores.miou))
+        better = scores.miou > self.best
+        self.best = scores.miou if better else self.best
+        with together(self.ours.world_size):
+            if self.ours.first:
+                _LOG.info("iteration %d: mIoU %.4f, mAcc %.4f, aAcc %.4f", done, scores.miou, scores.macc, scores.aacc)
+                if self.board is not None:
+                    for name in ("miou", "macc", "aacc"):
+                        self.board.add_scalar(f"validation/{name}", getattr(scores, name), done)
+                if better:
+                    snapshot.save(self._content(done), self.settings.output / snapshot.BEST)
+                if saved:  # in place of the one without scores; the one before it stays
+                    snapshot.save(self._content(done), self.settings.output / snapshot.LAST)
+        return 0
+
+    def _evaluate(self) -> Evaluation:
         with autocast(self.device, self.settings.precision):
-            self.evaluation = evaluate(
+            return evaluate(
                 self.net,
                 self.validation,
                 protocol_of(self.recipe),
@@ -466,35 +443,25 @@ class _Training:
                 world_size=self.ours.world_size,
                 skip_corrupt=self.settings.skip_corrupt,
             )
-        self.net.train()
-        scores = self.evaluation.scores
-        self.scores.append((done, scores.miou))
-        if not self.ours.first:
-            return
-        _LOG.info("iteration %d: mIoU %.4f, mAcc %.4f, aAcc %.4f", done, scores.miou, scores.macc, scores.aacc)
-        if self.board is not None:
-            for name in ("miou", "macc", "aacc"):
-                self.board.add_scalar(f"validation/{name}", getattr(scores, name), done)
-            self._show(self.board, done)
-        if scores.miou > self.best:
-            self.best = scores.miou
-            snapshot.save(self._content(done), self.settings.output / snapshot.BEST)
 
-    def _show(self, board: Any, done: int) -> None:
+    def _show(self, board: Any, found: Evaluation, done: int) -> None:
         """Predictions of the first images that were evaluated, coloured over the images, for TensorBoard."""
-        self.net.eval()
-        for i, evaluated in enumerate(cast(Evaluation, self.evaluation).images[:SHOWN]):
+        for i, evaluated in enumerate(found.images[:SHOWN]):
             picture = Image.fromarray(read_image(evaluated.image))
             with autocast(self.device, self.settings.precision):
                 labels = predict_labels(self.net, to_pixels(picture, self.device), protocol_of(self.recipe))
             drawn = np.asarray(overlay(picture, labels, self.validation.classes))
             board.add_image(f"predictions/{i}", drawn, done, dataformats="HWC")
-        self.net.train()
 
     def _save(self, done: int) -> None:
-        if self.ours.first:
-            output = self.settings.output
-            snapshot.save(self._content(done), output / snapshot.LAST, output / snapshot.PREVIOUS)
+        """All processes come here together, and end together where it fails."""
+        with together(self.ours.world_size):
+            if self.ours.first:
+                last, previous = (self.settings.output / name for name in (snapshot.LAST, snapshot.PREVIOUS))
+                if self.skipped and last.exists():  # or it would take the place of the one that this run goes on from
+                    os.replace(last, self.settings.output / snapshot.SKIPPED)
+                self.skipped = False
+                snapshot.save(self._content(done), last, previous)
 
     def _content(self, done: int) -> dict[str, Any]:
         return {
@@ -505,10 +472,21 @@ class _Training:
             "best": self.best,
             "losses": self.losses,
             "scores": self.scores,
+            "validation_due": self.due,
             "recipe": plain(self.recipe),
+            **self._circumstances(),
+        }
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What weights depend on to the bit, beside the recipe."""
+        on_gpu = self.device.type == "cuda"
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {
             "run": {name: getattr(self.settings, name) for name in _EXACT},
             "images": len(self.data.samples),
             "processes": self.ours.world_size,
+            "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name(self.device) if on_gpu else f"CPU with {capability}",
             "torch": str(torch.__version__),
         }
 

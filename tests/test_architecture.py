@@ -11,7 +11,7 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry", "files", "terminal"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "files", "schema", "terminal"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "checks": set(),
     "files": set(),
     "terminal": set(),
+    "schema": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},
@@ -37,22 +38,31 @@ MAY_IMPORT = {
     "charts": set(),
     "protocol": {"data", *STACK},
     "predict": {"data", "protocol", *STACK},
-    "evaluate": {"data", "protocol", "predict", "metrics", "charts", *LEAVES},
-    "config": {"data", "predict", "models", "nn"},
-    "placement": {"config", "models", "nn"},
-    "arguments": {"config", "placement"},
+    "evaluate": {"data", "distributed", "protocol", "predict", "metrics", "charts", *LEAVES},
+    "config": {"data", "predict", "models", "nn", "schema"},
+    "placement": {"config", "models", "nn", "schema"},
+    "arguments": {"config", "placement", "schema"},
     "distributed": set(),
-    "snapshot": {"models"},
+    "snapshot": {"config", "models", "schema"},
+    "run_folder": {"files", "snapshot"},
+    "schedule": {"config", "models"},
+    "determinism": set(),
+    "signals": set(),
     "train": {
         "charts",
         "config",
         "data",
+        "determinism",
         "distributed",
         "evaluate",
         "models",
         "nn",
         "placement",
         "predict",
+        "run_folder",
+        "schedule",
+        "schema",
+        "signals",
         "snapshot",
     },
     "demo": {"demo", "arguments", "backends", "charts", "config", "data", "evaluate", "predict", "train", *STACK},

@@ -139,7 +139,9 @@ def test_a_pipe_is_no_picture(pictures, tmp_path):
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
-    assert [str(error) for error in failed] == [f"{pictures / 'pipe.png'}: cannot be read as a picture: is not an ordinary file"]
+    assert [str(error) for error in failed] == [
+        f"{pictures / 'pipe.png'}: cannot be read as a picture: is not an ordinary file"
+    ]
 
 
 def test_the_start_is_linear_in_the_number_of_pictures(tmp_path, monkeypatch):

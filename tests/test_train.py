@@ -3,60 +3,25 @@ import copy
 import functools
 import logging
 import os
-import signal
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import trainings
 import yaml
 from PIL import Image
+from trainings import assert_same, in_one, in_processes, largest_difference, weights
 
 from pspnet_fast import cli, snapshot, train
 from pspnet_fast.config import ConfigError, Recipe, plain
 from pspnet_fast.data.datasets import DatasetError
-from pspnet_fast.data.scenes import write_scenes
 from pspnet_fast.data.transforms import Augmentation
-from pspnet_fast.models.checkpoint import CheckpointError
-from pspnet_fast.train import Run, TrainingError, iterations_of, learning_rate, parameter_groups
+from pspnet_fast.schedule import iterations_of, learning_rate, optimizer, parameter_groups
+from pspnet_fast.train import Run, TrainingError
 
 needs_parser = pytest.mark.skipif(find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
-LIMIT = 300  # seconds that processes of a few seconds may take
-TINY = {"dataset": "scenes", "layers": 18, "width": 4, "stem": "v1c", "bins": (1, 2), "crop": 33, "base_size": 64}
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(folder, 10, seed=1, width=64, height=48)
-    return folder
-
-
-@pytest.fixture
-def tiny(scenes, tmp_path):
-    """Settings of a run of seconds, changed by keywords."""
-
-    def settings(output="run", **changes):
-        recipe = {**TINY, "data": scenes, "batch_size": 4, "iterations": 6}
-        run = {"output": tmp_path / output, "workers": 0, "log_every": 2, "checkpoint_every": 2, "device": "cpu"}
-        for key, value in changes.items():
-            (run if key in Run.__dataclass_fields__ else recipe)[key] = value
-        return Recipe(**recipe), Run(**run)
-
-    return settings
-
-
-def weights(folder, name=snapshot.LAST):
-    return snapshot.read(folder / name)["model"]
-
-
-def assert_same(a, b):
-    assert set(a) == set(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+scenes, tiny = trainings.scenes, trainings.tiny  # fixtures
 
 
 def test_a_run(tiny, scenes, caplog):
@@ -68,71 +33,14 @@ def test_a_run(tiny, scenes, caplog):
     assert (result.iteration, result.finished) == (6, True)
     assert [i for i, _ in result.losses] == [2, 4, 6]
     assert sorted(os.listdir(run.output)) == sorted(
-        [snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS, "learning_curve.png"]
+        [snapshot.BEST, snapshot.LAST, snapshot.PREVIOUS, "learning_curve.png", "train.log", ".lock"]
     )
     last, previous = (snapshot.read(run.output / name) for name in (snapshot.LAST, snapshot.PREVIOUS))
     assert (last["iteration"], previous["iteration"]) == (6, 4)
     assert not torch.equal(last["model"]["cls.4.weight"], previous["model"]["cls.4.weight"])
-    assert result.scores == [(6, result.evaluation.scores.miou)]
+    assert result.scores == [(6, result.evaluation.scores.miou)] == last["scores"]
+    assert (last["best"], last["validation_due"]) == (result.evaluation.scores.miou, False)
     assert len(result.evaluation.images) == 2
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_died_goes_on_to_the_bit(tiny, monkeypatch, workers):
-    """Also with another number of workers; it dies between two snapshots."""
-    recipe, whole = tiny("whole")
-    train.train(recipe, whole)
-    recipe, broken = tiny("broken", resume="auto", workers=workers)
-    step = train._Training._step
-
-    def dies(self, iteration, batches):
-        if iteration == 5:
-            raise KeyboardInterrupt
-        return step(self, iteration, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Training, "_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(recipe, broken)
-    assert snapshot.read(broken.output / snapshot.LAST)["iteration"] == 4
-    train.train(recipe, broken)
-    assert_same(weights(broken.output), weights(whole.output))
-    states = (snapshot.read(each.output / snapshot.LAST)["optimizer"]["state"] for each in (broken, whole))
-    for ours, theirs in zip(*(state.values() for state in states), strict=True):
-        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
-
-
-def command(recipe, run, folder, *more):
-    """The run as a process of its own."""
-    settings = {**plain(recipe), **plain(run)}
-    path = folder / f"{run.output.name}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    line = [sys.executable, "-m", "pspnet_fast.cli", "train", str(path), *more]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-@needs_parser
-@pytest.mark.parametrize(
-    ("number", "status", "send", "workers"),
-    [(signal.SIGTERM, 143, os.kill, 0), (signal.SIGTERM, 143, os.killpg, 2), (signal.SIGKILL, -9, os.killpg, 0)],
-    ids=["SIGTERM", "SIGTERM_with_workers", "SIGKILL"],
-)
-def test_a_signal_at_any_moment(tiny, tmp_path, number, status, send, workers):
-    """In the middle of a run, to it alone or to its loader's workers, too; it goes on as the run that nobody disturbed."""
-    options = {"iterations": 20, "checkpoint_every": 3, "validate_images": 1}
-    recipe, whole = tiny("whole", **options)
-    train.train(recipe, whole)
-    recipe, run = tiny("disturbed", resume="auto", workers=workers, **options)
-    process = command(recipe, run, tmp_path)
-    while not (run.output / snapshot.PREVIOUS).exists() and process.poll() is None:
-        time.sleep(0.01)
-    send(process.pid, number)
-    _, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == status, errors
-    done = snapshot.latest(run.output)[1]["iteration"]
-    assert 0 < done < 20
-    train.train(recipe, run)
-    assert_same(weights(run.output), weights(whole.output))
 
 
 def test_deterministic(tiny):
@@ -158,35 +66,6 @@ def test_deterministic_refuses_what_does_not_repeat(tiny, monkeypatch):
     recipe, run = tiny(iterations=1, deterministic=True)
     train.train(recipe, run)
     assert seen == [True]
-
-
-def _process(rank, world_size, port, recipe, run):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    train.train(recipe, run)
-
-
-def in_processes(recipe, run, world_size=2, process=_process):
-    import socket
-
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.start_processes(
-        process, (world_size, port, recipe, run), nprocs=world_size, start_method="fork", join=False
-    )
-    end = time.monotonic() + LIMIT
-    while not context.join(timeout=1):
-        if time.monotonic() > end:
-            for each in context.processes:
-                each.kill()
-            pytest.fail(f"processes {context.pids()} were still running after {LIMIT} s")
-
-
-def largest_difference(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a if a[name].is_floating_point())
 
 
 def test_two_processes_are_one_with_the_joint_batch(tiny):
@@ -216,7 +95,7 @@ def test_all_processes_leave_together(tiny, monkeypatch):
     train.train(recipe, whole)
     _, run = tiny("run", resume="auto", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(train._Stop, "__enter__", lambda self: setattr(self, "asked", os.environ["RANK"] == "1") or self)
+        patch.setattr(train.Stop, "__enter__", lambda self: setattr(self, "asked", os.environ["RANK"] == "1") or self)
         in_processes(recipe, run)
     assert snapshot.read(run.output / snapshot.LAST)["iteration"] == 2
     in_processes(recipe, run)
@@ -232,7 +111,7 @@ def _broken(rank, world_size, port, recipe, run):
 
     train._Training._to_device = broken
     try:
-        _process(rank, world_size, port, recipe, run)
+        in_one(rank, world_size, port, recipe, run)
     except TrainingError as error:
         (run.output / f"error.{rank}").write_text(str(error))
 
@@ -274,31 +153,6 @@ def test_micro_batches_add_up_as_processes_do(tiny):
     assert largest_difference(ours, other) > 20 * same
 
 
-def test_another_number_of_processes_goes_on(tiny, caplog):
-    options = {"dropout": 0.0, "validate_images": 2}
-    recipe, whole = tiny("whole", **options)
-    train.train(recipe, whole)
-    _, half = tiny("run", iterations=6, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Stop, "__enter__", lambda self: setattr(self, "asked", True) or self)
-        result = train.train(recipe, half)
-    assert (result.iteration, result.finished) == (1, False)
-    _, resumed = tiny("run", resume="auto", **options)
-    in_processes(recipe, resumed)
-    assert largest_difference(weights(resumed.output), weights(whole.output)) < 5e-4
-    _, again = tiny("run", resume=str(resumed.output / snapshot.PREVIOUS), **options)
-    with caplog.at_level(logging.WARNING):
-        train.train(recipe, again)
-    assert "processes 2 -> 1" in caplog.text
-    assert "not to the bit" in caplog.text
-    caplog.clear()
-    _, finished = tiny("run", resume="auto", precision="bf16", **options)
-    with caplog.at_level(logging.WARNING):
-        result = train.train(recipe, finished)
-    assert (result.iteration, result.finished, result.evaluation) == (6, True, None)
-    assert "precision fp32 -> bf16" in caplog.text
-
-
 def test_schedule_and_parameter_groups(tiny, monkeypatch):
     """Every step's rates, ten times higher for pyramid and classifiers, and weight decay for all."""
     recipe, run = tiny(iterations=4, base_lr=0.02, validate_images=1)
@@ -330,7 +184,7 @@ def test_schedule_and_parameter_groups(tiny, monkeypatch):
 def test_adamw(tiny):
     """It trains, its rates are the schedule's, and it goes on to the bit."""
     recipe, whole = tiny("whole", optimizer="adamw", base_lr=1e-3, weight_decay=0.01, validate_images=1)
-    made = train.optimizer(recipe.network(), recipe)
+    made = optimizer(recipe.network(), recipe)
     assert isinstance(made, torch.optim.AdamW)
     assert [group["betas"] for group in made.param_groups] == [(0.9, 0.999)] * 2
     assert [group["weight_decay"] for group in made.param_groups] == [0.01] * 2
@@ -432,33 +286,6 @@ def test_a_loss_that_is_not_finite(tiny, capsys):
             assert all(t.isfinite().all() for t in weights(run.output, name).values())
 
 
-def test_another_training(tiny):
-    recipe, run = tiny(iterations=2, validate_images=1)
-    train.train(recipe, run)
-    for change, words in (
-        ({"bins": (1, 3)}, r"bins \[1, 2\] instead of \[1, 3\]"),
-        ({"layers": 34}, "layers 18 instead of 34"),
-    ):
-        recipe, other = tiny(iterations=4, resume="auto", **change)
-        with pytest.raises(CheckpointError, match=f"last.pth: is a snapshot of another training: {words}$"):
-            train.train(recipe, other)
-    recipe, other = tiny(iterations=1, resume="auto")
-    with pytest.raises(ConfigError, match="has 2 iterations, more than the 1 of this run"):
-        train.train(recipe, other)
-
-
-def test_a_damaged_snapshot_is_skipped(tiny, caplog):
-    recipe, run = tiny(iterations=4, resume="auto", validate_images=1)
-    train.train(recipe, run)
-    expected = weights(run.output)
-    path = run.output / snapshot.LAST
-    path.write_bytes(path.read_bytes()[:-50])
-    with caplog.at_level(logging.WARNING):
-        train.train(recipe, run)
-    assert "skipped a snapshot" in caplog.text
-    assert_same(weights(run.output), expected)
-
-
 @needs_parser
 def test_a_full_disk(tiny, monkeypatch, capsys, tmp_path):
     """The command ends with the reason, and the snapshot of before is whole."""
@@ -476,7 +303,8 @@ def test_a_full_disk(tiny, monkeypatch, capsys, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**plain(recipe), **plain(run)}))
     assert cli.main(["train", str(path)]) == 2
-    assert "last.pth: cannot be written: No space left on device, last.pth is as it was" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "last.pth: cannot be written: No space left on device; the last.pth that was there is untouched" in error
     assert snapshot.read(run.output / snapshot.LAST)["iteration"] == 2
 
 
@@ -547,6 +375,7 @@ def test_the_command(tiny, tmp_path, capsys):
     assert snapshot.read(run.output / snapshot.LAST)["recipe"] == plain(recipe)
     assert cli.main(["train", str(path), *options, "--bins", "1", "--resume", "auto"]) == 2
     assert "another training: bins [1, 2] instead of [1]" in capsys.readouterr().err
+    options[1] = str(tmp_path / "other")
     assert cli.main(["train", str(path), *options, "--data", str(tmp_path / "none")]) == 2
     assert f"scenes: expected a folder at {tmp_path / 'none'}" in capsys.readouterr().err
     assert cli.main(["train", str(path), *options, "--base-lr", "1e30", "--iterations", "6"]) == 1

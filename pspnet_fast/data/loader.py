@@ -8,10 +8,13 @@ share a batch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +122,38 @@ def loader(samples: Samples, steps: Steps, workers: int, device: torch.device) -
         # The same in every worker, so that nothing depends on their number; all chance comes from `Samples`.
         generator=torch.Generator(),
     )
+
+
+@contextlib.contextmanager
+def batches(of: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """The batches of a loader, whose workers have ended when this is left, in whatever way.
+
+    The workers do not end by SIGTERM (`_init_worker`), which is how multiprocessing would end them when the interpreter
+    exits: an iterator that an exception's traceback still holds then would have it wait for ever.
+
+    Raises:
+        DatasetError: as in `Samples`, in one line, without the worker's traceback.
+    """
+    before = {*multiprocessing.active_children()}
+    iterator: Any = iter(of)
+    workers = {*multiprocessing.active_children()} - before
+    try:
+        yield _in_one_line(iterator)
+    finally:
+        try:
+            if workers:
+                iterator._shutdown_workers()
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+
+
+def _in_one_line(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from iterator
+    except DatasetError as error:
+        raise DatasetError(str(error).rsplit(f"{DatasetError.__name__}: ", 1)[-1].strip()) from error
 
 
 def _init_worker(worker_id: int) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO, ClassVar, TypeVar, cast
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.overrides import TorchFunctionMode
 
 from ..files import replacing
 from .archive import ZIP, RefusedError, dry_run, names_in, verified
@@ -245,6 +246,15 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
+class _Unfilled(TorchFunctionMode):
+    """Tensors are made and not filled: on "meta" there is nothing to fill, and the first attempt imports for seconds."""
+
+    _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self._FILLS else func(*args, **(kwargs or {}))
+
+
 def fitted(build: Callable[[], _Module], checkpoint: Mapping[str, Any]) -> _Module:
     """A module with a checkpoint's weights, which is made when they are known to fit, and not before.
 
@@ -258,7 +268,7 @@ def fitted(build: Callable[[], _Module], checkpoint: Mapping[str, Any]) -> _Modu
         CheckpointError: the checkpoint does not fit.
     """
     state = bare_state_dict(checkpoint)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         try:
             sketch = build()
         except RuntimeError as error:
