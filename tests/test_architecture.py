@@ -11,7 +11,7 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry", "files", "schema", "terminal"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "files", "schema", "terminal", "tracing"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "files": set(),
     "terminal": set(),
     "schema": set(),
+    "tracing": set(),
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},

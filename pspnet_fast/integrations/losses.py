@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from ..checks import DTYPES
 from ..functional import upsample_argmax, upsample_cross_entropy
 from ..geometry import accumulation_dtype
+from ..tracing import is_transformed
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
@@ -81,9 +82,10 @@ def accelerate_losses() -> Iterator[Used]:
     but for targets that are no class: there the words are those of `upsample_cross_entropy`, which on a GPU ignores them.
 
     The block counts for its own thread (not for `nn.DataParallel`'s), nests (an inner block counts for itself), and
-    leaves nothing behind. In what torch.compile, torch.export, torch.jit.trace and `torch.func` trace it does nothing. The
-    second derivative of a loss is an error, and `checkpoint` may not hold both interpolation and loss, which it would compute
-    again outside the block. Of 16-bit logits, labels within rounding of each other may change places.
+    leaves nothing behind. In what torch.compile, torch.export, torch.jit.trace and `torch.func` trace it does nothing, nor in
+    forward mode. The second derivative of a loss is PyTorch's, of the upsampled logits. `checkpoint` may not hold both
+    interpolation and loss, which it would compute again outside the block. Of 16-bit logits, labels within rounding of each
+    other may change places.
 
     Yields:
         `Used`: how many losses and labels came from the small logits, and what did not.
@@ -130,12 +132,12 @@ def _deferred_size(
 ) -> tuple[int, int] | None:
     """(H, W) of the result, where deferring is right; None where the call is PyTorch's, as are its complaints.
 
-    Subclasses are PyTorch's, and what a transform wraps or torch.jit traces. So is a scale factor without align_corners that
-    is not the ratio of the sizes: PyTorch then samples by the factor.
+    Subclasses are PyTorch's, and what a transform, forward mode or a tracer looks into. So is a scale factor without
+    align_corners that is not the ratio of the sizes: PyTorch then samples by the factor.
     """
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return None
-    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+    if is_transformed():
         return None
     assert isinstance(x, torch.Tensor)
     if x.dim() != 4 or x.dtype not in DTYPES or x.numel() == 0 or mode != "bilinear" or antialias:
@@ -271,27 +273,6 @@ class _Behind(torch.autograd.Function):
         return grad, None
 
 
-class _Once(torch.autograd.Function):
-    """The tensor itself; the gradient that goes through it has no gradient, which would otherwise be taken for zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        once: torch.Tensor = _NotTwice.apply(grad)  # type: ignore[no-untyped-call]
-        return once
-
-
-class _NotTwice(_Once):
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError(
-            "accelerate_losses: a loss must be differentiated once, got a second derivative of one of deferred logits"
-        )
-
-
 def _defer(
     kind: type[_Deferred],
     source: torch.Tensor,
@@ -381,9 +362,8 @@ def _loss(
         or not (weight.dtype == dtype or (autocasts and {weight.dtype, dtype} <= _CAST_DOWN))
     ):
         return NotImplemented
-    source: torch.Tensor = _Once.apply(logits.source)  # type: ignore[no-untyped-call]
     loss = upsample_cross_entropy(
-        source, target, weight, ignore_index, reduction, label_smoothing, logits.align_corners
+        logits.source, target, weight, ignore_index, reduction, label_smoothing, logits.align_corners
     )
     logits.used.losses += 1
     return loss.to(accumulation_dtype(dtype) if autocasts else dtype)

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ..geometry import dense, is_channels_last
+from ..tracing import is_transformed
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
 
 
 def _products_pay(x: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or is_transformed() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     measured = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return measured and x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and padding == 1
@@ -38,16 +38,17 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, weight, padding=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad, dx = grads[0], None
-        if ctx.needs_input_grad[0]:
-            only_x = [True, False, False]
-            dx = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, only_x
-            )[0]
-        return dx, weight_gradient(x, grad) if ctx.needs_input_grad[1] else None
+        grad, (for_x, for_weight) = grads[0], ctx.needs_input_grad
+        by_products = for_weight and not torch.is_grad_enabled()  # where it will be differentiated, by the library
+        asked = [for_x, for_weight and not by_products, False]
+        dx = d_weight = None
+        if any(asked):
+            dx, d_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, asked
+            )
+        return dx, weight_gradient(x, grad) if by_products else d_weight
 
 
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

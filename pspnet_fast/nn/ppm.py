@@ -11,6 +11,7 @@ from torch import nn
 from ..checks import check_bins, check_features
 from ..functional import pyramid_pool, upsample_concat
 from ..geometry import is_channels_last
+from ..tracing import is_transformed
 from .levels import Level, beyond_the_kernels, reduce_levels
 
 
@@ -112,7 +113,7 @@ def _writes_in_place(x: torch.Tensor) -> bool:
     torch.compile before 2.13 takes no autograd node that writes in place, so a compiled training step reads x twice. On the
     CPU in channels_last each page of the result would be written by two passes, which costs more than a read of x.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if is_transformed() or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         return False
     if x.device.type == "cpu" and is_channels_last(x):
         return False

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
+from ..tracing import is_traced
 from .conv2d import conv2d
 from .levels import NORMS, Level, has_hooks, reduce_levels
 from .ppm import PPM
@@ -192,6 +193,8 @@ def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bo
     if type(norm) not in NORMS or type(activation) is not nn.ReLU:
         return False
     if norm.training or norm.running_mean is None or has_hooks(norm) or has_hooks(activation):
+        return False
+    if is_traced():  # one graph, whatever the grad mode: torch.jit.trace checks it in the other
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *norm.parameters())))
 

@@ -129,6 +129,29 @@ def _gradient(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, N
     return *_backward_op(dz, *ctx.saved_tensors, ctx.bins), None
 
 
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.bins = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_gradient(ctx: Any, dd_pyramid: torch.Tensor | None, dd_weight: torch.Tensor | None) -> tuple[Any, ...]:
+    """Of W^T dz and dz p^T, both bilinear: products like them, with the incoming gradients for p and for W."""
+    dz, pyramid, weight = ctx.saved_tensors
+    d_dz = d_pyramid = d_weight = None
+    if dd_pyramid is not None:
+        d_dz = _op(dd_pyramid, weight, ctx.bins)
+        d_weight = _backward_op(dz, dd_pyramid, weight, ctx.bins)[1]
+    if dd_weight is not None:
+        product = _op(pyramid, dd_weight, ctx.bins)
+        d_dz = product if d_dz is None else d_dz + product
+        d_pyramid = _backward_op(dz, pyramid, dd_weight, ctx.bins)[0]
+    return d_dz, d_pyramid, d_weight, None
+
+
 torch.library.register_autograd(
     "pspnet_fast::pyramid_conv2d_taps", _gradient, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "pspnet_fast::pyramid_conv2d_taps_backward", _backward_gradient, setup_context=_setup_backward_context, lib=LIBRARY
 )

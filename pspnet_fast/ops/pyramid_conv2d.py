@@ -20,12 +20,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from ..backends import run
 from ..checks import check_bins, check_pyramid, check_same_device, check_same_dtype, check_shape, check_tensor
-from ..geometry import accumulation_dtype, cell_count, dense, memory_format
-from ._define import LIBRARY, autocast_dtype, define
+from ..geometry import accumulation_dtype, cell_count, dense, is_channels_last, memory_format
+from ..tracing import is_transformed
+from ._define import LIBRARY, autocast, autocast_dtype, check_writable, define, plain
 from ._pyramid_conv2d_taps import conv2d_taps
+
+_plain_maps = plain("upsample_concat", "forward")
 
 
 def pyramid_conv2d(
@@ -68,7 +72,8 @@ def pyramid_conv2d(
     Raises:
         ValueError: a size that does not fit, tensors on two devices, an `out` that is not dense; scale, shift or relu where
             gradients are wanted.
-        TypeError: not floating point, or two dtypes (under autocast pyramid and weight are cast).
+        RuntimeError: an `out` that PyTorch would not write to: a leaf that requires grad, or an inference tensor.
+        TypeError: not floating point, or two dtypes (under autocast pyramid and weight are cast, unless they are float64).
     """
     op = "pyramid_conv2d"
     bins = check_bins(op, bins)
@@ -83,19 +88,18 @@ def pyramid_conv2d(
     check_shape(op, "weight", weight, (channels, reduced, kernel_size, kernel_size), "(O, B*R, k, k)")
     height, width = _check_size(op, size, padding, kernel_size)
     check_same_device(op, "pyramid", pyramid, "weight", weight)
-    dtype = autocast_dtype(pyramid)
-    if dtype is not None and pyramid.dtype != torch.float64:
-        pyramid, weight = pyramid.to(dtype), weight.to(dtype)
+    pyramid, weight = autocast(pyramid), autocast(weight)
     check_same_dtype(op, "pyramid", pyramid, "weight", weight)
     result = (pyramid.shape[0], channels, height + 2 * padding - kernel_size + 1, width + 2 * padding - kernel_size + 1)
     if out is not None:
         check_tensor(op, "out", out, "NOHW")
         check_shape(op, "out", out, result, "(N, O, H', W')")
         check_same_device(op, "pyramid", pyramid, "out", out)
-        if dtype is None:
+        if autocast_dtype(pyramid) is None or torch.float64 in (pyramid.dtype, out.dtype):
             check_same_dtype(op, "pyramid", pyramid, "out", out)
         if dense(out) is not out:
             raise ValueError(f"{op}: out must be dense in NCHW or channels_last order, got strides {out.stride()}")
+        check_writable(op, "out", out)
     for name, factor in (("scale", scale), ("shift", shift)):
         if factor is not None:
             check_tensor(op, name, factor, "O")
@@ -109,6 +113,13 @@ def pyramid_conv2d(
             f"{op}: scale, shift and relu must be left out where gradients are wanted: use the norm itself"
         )
 
+    if is_transformed():
+        maps = _plain_maps(
+            pyramid.new_empty(pyramid.shape[0], 1, height, width), pyramid, bins, range(len(bins)), align_corners
+        )
+        added = F.conv2d(maps, weight, padding=padding)
+        added = added.contiguous(memory_format=memory_format) if out is None else out.add_(added)
+        return _finished(added, scale, shift, relu)
     taps = conv2d_taps(pyramid, weight, bins)
     geometry = [height, width], bins, kernel_size, padding, align_corners
     channels_last = memory_format == torch.channels_last
@@ -125,6 +136,13 @@ def pyramid_conv2d(
     factors = [None if factor is None else factor.to(taps.dtype).contiguous() for factor in (scale, shift)]
     _update_op(out, taps, *factors, add, relu, *geometry)
     return out
+
+
+def _finished(y: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, relu: bool) -> torch.Tensor:
+    """In place."""
+    y = y if scale is None else y.mul_(scale[:, None, None])
+    y = y if shift is None else y.add_(shift[:, None, None])
+    return y.relu_() if relu else y
 
 
 def _check_size(op: str, size: Sequence[int], padding: int, kernel_size: int) -> tuple[int, int]:
@@ -253,7 +271,20 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return _backward_op(grad, *ctx.geometry), None, None, None, None, None, None, None
 
 
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, *ctx.geometry = inputs
+    ctx.dtype, ctx.channels_last = grad.dtype, is_channels_last(grad)
+
+
+def _backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """The backward's transpose is the forward."""
+    return _op(grad, *ctx.geometry, ctx.dtype, ctx.channels_last), None, None, None, None, None
+
+
 torch.library.register_autograd("pspnet_fast::pyramid_conv2d", _gradient, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "pspnet_fast::pyramid_conv2d_backward", _backward_gradient, setup_context=_setup_backward_context, lib=LIBRARY
+)
 
 
 class _Add(torch.autograd.Function):

@@ -11,8 +11,6 @@ Saved for backward: y, out, the statistics.    Must move: N*S*R read and written
 
 In training without a process group each direction is one op of its own: the statistics, their use and the running ones'
 update in one, both sums and the gradient in the other. With one the collective stands between two halves.
-
-Past 300 lines: it is six registered ops, each with a fake of its own, and the two nodes that join them in training.
 """
 
 from __future__ import annotations
@@ -23,10 +21,18 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from ..backends import run
 from ..checks import check_bins, check_pyramid, check_same_device, check_shape
 from ..geometry import accumulation_dtype
-from ._define import LIBRARY, define
+from ..tracing import is_transformed
+from ._define import LIBRARY, check_writable, once, plain
+from ._pyramid_norm_ops import backward_op, norm_op, statistics_op, sums_op, training_backward_op, training_op
+
+OP = "pyramid_norm"
+_plain_forward = plain("pyramid_norm", "forward")
+_plain_statistics = plain("pyramid_norm", "statistics")
+_plain_sums = plain("pyramid_norm", "sums")
+_plain_backward = plain("pyramid_norm", "backward")
+_plain_training_backward = plain("pyramid_norm", "training_backward")
 
 
 def pyramid_norm(
@@ -68,7 +74,7 @@ def pyramid_norm(
             channel in training.
         TypeError: y is not a floating-point tensor.
     """
-    op = "pyramid_norm"
+    op = OP
     bins = check_bins(op, bins)
     check_pyramid(op, "y", y, bins)
     reduced = (y.shape[2],)
@@ -91,25 +97,39 @@ def pyramid_norm(
 
     if training and process_group is not None and dist.get_world_size(process_group) == 1:
         process_group = None
+    if training:
+        for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
+            for k, tensor in enumerate(() if statistics is None else statistics):
+                check_writable(op, f"{name}[{k}]", tensor)
     if training and process_group is None:
         if y.shape[0] * min(bins) ** 2 == 1:
             raise ValueError(
                 f"{op}: training needs more than one value per channel, but a batch of 1 gives bin 1 just one: "
                 "use a batch of 2 or more, put the norms in evaluation mode, or leave the bin out"
             )
+        if is_transformed():
+            return _train_plainly(y, bins, running_mean, running_var, weight, bias, momenta, eps, relu)
         return _train(y, bins, running_mean, running_var, weight, bias, momenta, eps, relu)
 
     dtype = accumulation_dtype(y.dtype)
-    shape = (len(bins), *reduced)
-    scale = y.new_ones(shape, dtype=dtype) if weight is None else torch.stack(list(weight)).to(dtype)
-    shift = y.new_zeros(shape, dtype=dtype) if bias is None else torch.stack(list(bias)).to(dtype)
+    scale, shift = _affine(y, bins, weight, bias)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(f"{op}: evaluation needs running_mean and running_var, got None")
         mean, var = torch.stack(list(running_mean)).to(dtype), torch.stack(list(running_var)).to(dtype)
-        normalised: torch.Tensor = _op(y, mean, torch.rsqrt(var + eps), scale, shift, bins, relu)
+        invstd = torch.rsqrt(var + eps)
+        normalised: torch.Tensor = (
+            _plain_forward(y, bins, mean, invstd, scale, shift, relu)
+            if is_transformed()
+            else norm_op(y, mean, invstd, scale, shift, bins, relu)
+        )
         return normalised
 
+    if is_transformed():
+        raise NotImplementedError(
+            f"{op}: with a process group the statistics are those of all processes, which torch.func, forward mode and "
+            "tracers cannot look into: leave process_group out, or put the norms in evaluation mode"
+        )
     group = cast(dist.ProcessGroup, process_group)
     mean, var, batch = _joint_statistics(y, bins, group)
     trained: torch.Tensor = cast(Any, _SynchronisedNorm).apply(
@@ -117,6 +137,40 @@ def pyramid_norm(
     )
     if running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, mean, var, [batch * b * b for b in bins], momenta)
+    return trained
+
+
+def _affine(
+    y: torch.Tensor,
+    bins: Sequence[int],
+    weight: Sequence[torch.Tensor] | None,
+    bias: Sequence[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors and summands (B, R), in the dtype that sums are held in."""
+    dtype, shape = accumulation_dtype(y.dtype), (len(bins), y.shape[2])
+    scale = y.new_ones(shape, dtype=dtype) if weight is None else torch.stack(list(weight)).to(dtype)
+    shift = y.new_zeros(shape, dtype=dtype) if bias is None else torch.stack(list(bias)).to(dtype)
+    return scale, shift
+
+
+def _train_plainly(
+    y: torch.Tensor,
+    bins: tuple[int, ...],
+    running_mean: Sequence[torch.Tensor] | None,
+    running_var: Sequence[torch.Tensor] | None,
+    weight: Sequence[torch.Tensor] | None,
+    bias: Sequence[torch.Tensor] | None,
+    momentum: list[float],
+    eps: float,
+    relu: bool,
+) -> torch.Tensor:
+    """As `_train`, for what has to look into it."""
+    mean, var = _plain_statistics(y, bins)
+    invstd = torch.rsqrt(var + eps)
+    trained: torch.Tensor = _plain_forward(y, bins, mean, invstd, *_affine(y, bins, weight, bias), relu)
+    if running_mean is not None and running_var is not None:
+        counts = [y.shape[0] * b * b for b in bins]
+        _update_running(running_mean, running_var, mean.detach(), var.detach(), counts, momentum)
     return trained
 
 
@@ -137,9 +191,9 @@ def _train(
         [] if tensors is None else list(tensors) for tensors in (running_mean, running_var, weight, bias)
     )
     with torch.no_grad():
-        out, mean, invstd = _training_op(y, weights, biases, means, variances, bins, momentum, eps, relu)
+        out, mean, invstd = training_op(y, weights, biases, means, variances, bins, momentum, eps, relu)
     trained: torch.Tensor = cast(Any, _TrainingNorm).apply(
-        y, out, mean, invstd, bins, relu, len(weights), *weights, *biases
+        y, out, mean, invstd, bins, eps, relu, len(weights), *weights, *biases
     )
     return trained
 
@@ -152,7 +206,7 @@ def _joint_statistics(
     if y.shape[0] == 0:
         mean, var = y.new_zeros(2, len(bins), y.shape[2], dtype=accumulation_dtype(y.dtype))
     else:
-        mean, var = _statistics_op(y, bins)
+        mean, var = statistics_op(y, bins)
     mine = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([y.shape[0]])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(gathered, mine, process_group)
@@ -172,222 +226,13 @@ def _update_running(
     running_var: Sequence[torch.Tensor],
     mean: torch.Tensor,
     var: torch.Tensor,
-    counts: Sequence[torch.Tensor],
+    counts: Sequence[torch.Tensor | int],
     momenta: Sequence[float],
 ) -> None:
     for k, (count, momentum) in enumerate(zip(counts, momenta, strict=True)):
         unbiased = var[k] * (count / (count - 1))
         running_mean[k].mul_(1 - momentum).add_(mean[k].to(running_mean[k].dtype), alpha=momentum)
         running_var[k].mul_(1 - momentum).add_(unbiased.to(running_var[k].dtype), alpha=momentum)
-
-
-def _statistics_run(y: torch.Tensor, bins: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    pair: tuple[torch.Tensor, torch.Tensor] = run("pyramid_norm", "statistics", y.contiguous(), bins)
-    return pair
-
-
-def _statistics_fake(y: torch.Tensor, bins: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    shape, dtype = (len(bins), y.shape[2]), accumulation_dtype(y.dtype)
-    return y.new_empty(shape, dtype=dtype), y.new_empty(shape, dtype=dtype)
-
-
-def _forward(
-    y: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    bins: Sequence[int],
-    relu: bool,
-) -> torch.Tensor:
-    mean, invstd, weight, bias = (tensor.contiguous() for tensor in (mean, invstd, weight, bias))
-    out: torch.Tensor = run("pyramid_norm", "forward", y.contiguous(), bins, mean, invstd, weight, bias, relu)
-    return out
-
-
-def _forward_fake(
-    y: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    bins: Sequence[int],
-    relu: bool,
-) -> torch.Tensor:
-    return y.new_empty(y.shape)
-
-
-def _sums(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    bins: Sequence[int],
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grad, y, out = grad.contiguous(), y.contiguous(), out.contiguous()
-    pair: tuple[torch.Tensor, torch.Tensor] = run(
-        "pyramid_norm", "sums", grad, y, out, bins, mean.contiguous(), invstd.contiguous(), relu
-    )
-    return pair
-
-
-def _sums_fake(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    bins: Sequence[int],
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return mean.new_empty(mean.shape), mean.new_empty(mean.shape)
-
-
-def _backward(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    mean_grad: torch.Tensor | None,
-    mean_grad_normal: torch.Tensor | None,
-    bins: Sequence[int],
-    relu: bool,
-) -> torch.Tensor:
-    grad, y, out = grad.contiguous(), y.contiguous(), out.contiguous()
-    mean, invstd, weight = mean.contiguous(), invstd.contiguous(), weight.contiguous()
-    means = (None if t is None else t.contiguous() for t in (mean_grad, mean_grad_normal))
-    dy: torch.Tensor = run("pyramid_norm", "backward", grad, y, out, bins, mean, invstd, weight, relu, *means)
-    return dy
-
-
-def _backward_fake(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    mean_grad: torch.Tensor | None,
-    mean_grad_normal: torch.Tensor | None,
-    bins: Sequence[int],
-    relu: bool,
-) -> torch.Tensor:
-    return y.new_empty(y.shape)
-
-
-def _as(dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.to(dtype).contiguous() for tensor in tensors]
-
-
-def _training(
-    y: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor],
-    running_mean: Sequence[torch.Tensor],
-    running_var: Sequence[torch.Tensor],
-    bins: Sequence[int],
-    momentum: Sequence[float],
-    eps: float,
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = accumulation_dtype(y.dtype)
-    if y.shape[0] == 0:
-        mean, invstd = y.new_zeros(2, len(bins), y.shape[2], dtype=wide)
-        return y.new_empty(y.shape), mean, invstd.clone()
-    lists = [_as(wide, tensors) for tensors in (weight, bias, running_mean, running_var)]
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = run(
-        "pyramid_norm", "training", y.contiguous(), bins, *lists, momentum, eps, relu
-    )
-    for kept, updated in zip([*running_mean, *running_var], [*lists[2], *lists[3]], strict=True):
-        if updated is not kept:  # of another dtype, or strided
-            kept.copy_(updated)
-    return results
-
-
-def _training_fake(
-    y: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor],
-    running_mean: Sequence[torch.Tensor],
-    running_var: Sequence[torch.Tensor],
-    bins: Sequence[int],
-    momentum: Sequence[float],
-    eps: float,
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), *_statistics_fake(y, bins)
-
-
-def _training_backward(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    bins: Sequence[int],
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if y.shape[0] == 0:
-        return y.new_empty(y.shape), torch.zeros_like(mean), torch.zeros_like(mean)
-    grad, y, out, mean, invstd = (t.contiguous() for t in (grad, y, out, mean, invstd))
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = run(
-        "pyramid_norm", "training_backward", grad, y, out, bins, mean, invstd, _as(mean.dtype, weight), relu
-    )
-    return gradients
-
-
-def _training_backward_fake(
-    grad: torch.Tensor,
-    y: torch.Tensor,
-    out: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    bins: Sequence[int],
-    relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
-
-
-_statistics_op = define(
-    "pyramid_norm_statistics(Tensor y, int[] bins) -> (Tensor, Tensor)", _statistics_run, _statistics_fake
-)
-_op = define(
-    "pyramid_norm(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] bins, bool relu) -> Tensor",
-    _forward,
-    _forward_fake,
-)
-_sums_op = define(
-    "pyramid_norm_sums(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, int[] bins, bool relu)"
-    " -> (Tensor, Tensor)",
-    _sums,
-    _sums_fake,
-)
-_backward_op = define(
-    "pyramid_norm_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor weight,"
-    " Tensor? mean_grad, Tensor? mean_grad_normal, int[] bins, bool relu) -> Tensor",
-    _backward,
-    _backward_fake,
-)
-
-
-_training_op = define(
-    "pyramid_norm_training(Tensor y, Tensor[] weight, Tensor[] bias, Tensor(a!)[] running_mean,"
-    " Tensor(b!)[] running_var, int[] bins, float[] momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
-    _training,
-    _training_fake,
-)
-_training_backward_op = define(
-    "pyramid_norm_training_backward(Tensor grad, Tensor y, Tensor out, Tensor mean, Tensor invstd, Tensor[] weight,"
-    " int[] bins, bool relu) -> (Tensor, Tensor, Tensor)",
-    _training_backward,
-    _training_backward_fake,
-)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -398,8 +243,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """With the statistics given: they are constants, and their gradients are not offered."""
     y, out, mean, invstd, weight = ctx.saved_tensors
-    d_bias, d_weight = _sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
-    dy = _backward_op(grad, y, out, mean, invstd, weight, None, None, ctx.bins, ctx.relu)
+    bins, relu = ctx.bins, ctx.relu
+    if torch.is_grad_enabled():
+        d_bias, d_weight = _plain_sums(grad, y, out, bins, mean, invstd, relu)
+        dy = _plain_backward(grad, y, out, bins, mean, invstd, weight, relu, None, None)
+    else:
+        d_bias, d_weight = sums_op(grad, y, out, mean, invstd, bins, relu)
+        dy = backward_op(grad, y, out, mean, invstd, weight, None, None, bins, relu)
     return dy, None, None, d_weight, d_bias, None, None
 
 
@@ -417,11 +267,12 @@ class _TrainingNorm(torch.autograd.Function):
         mean: torch.Tensor,
         invstd: torch.Tensor,
         bins: tuple[int, ...],
+        eps: float,
         relu: bool,
         weights: int,
         *affine: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.bins, ctx.relu, ctx.weights = bins, relu, weights
+        ctx.bins, ctx.eps, ctx.relu, ctx.weights = bins, eps, relu, weights
         ctx.dtypes = [tensor.dtype for tensor in affine]
         ctx.save_for_backward(y, out, mean, invstd, *affine[:weights])
         return out.view_as(out)
@@ -430,11 +281,19 @@ class _TrainingNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grads
         y, out, mean, invstd, *weight = ctx.saved_tensors
-        dy, d_weight, d_bias = _training_backward_op(grad, y, out, mean, invstd, weight, ctx.bins, ctx.relu)
+        if torch.is_grad_enabled() and y.shape[0] > 0:
+            # The statistics are y's, and change with it.
+            mean, var = _plain_statistics(y, ctx.bins)
+            invstd = torch.rsqrt(var + ctx.eps)
+            gradients = _plain_training_backward(grad, y, out, ctx.bins, mean, invstd, weight, ctx.relu)
+        else:
+            with torch.no_grad():
+                gradients = training_backward_op(grad, y, out, mean, invstd, weight, ctx.bins, ctx.relu)
+        dy, d_weight, d_bias = gradients
         d_weights = d_weight.unbind(0) if ctx.weights else ()
         d_biases = d_bias.unbind(0) if len(ctx.dtypes) > ctx.weights else ()
         affine = (d.to(dtype) for d, dtype in zip((*d_weights, *d_biases), ctx.dtypes, strict=True))
-        return dy, None, None, None, None, None, None, *affine
+        return dy, None, None, None, None, None, None, None, *affine
 
 
 class _SynchronisedNorm(torch.autograd.Function):
@@ -453,19 +312,29 @@ class _SynchronisedNorm(torch.autograd.Function):
         batch: torch.Tensor,
         process_group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        out: torch.Tensor = _op(y, mean, invstd, weight, bias, bins, relu)
+        out: torch.Tensor = norm_op(y, mean, invstd, weight, bias, bins, relu)
         _setup_context(ctx, (y, mean, invstd, weight, bias, bins, relu), out)
         ctx.batch, ctx.process_group = batch, process_group
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
+        with torch.no_grad():
+            gradients = _SynchronisedNorm._gradients(ctx, *grads)
+        if torch.is_grad_enabled():
+            y, *_, weight = ctx.saved_tensors
+            sentence = f"{OP}: with a process group it must be differentiated once, got a second derivative"
+            gradients = once(sentence, gradients, (*grads, y, weight))
+        dy, d_weight, d_bias = gradients
+        return dy, None, None, d_weight, d_bias, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, out, mean, invstd, weight = ctx.saved_tensors
-        d_bias, d_weight = _sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
+        d_bias, d_weight = sums_op(grad, y, out, mean, invstd, ctx.bins, ctx.relu)
         sums = torch.stack([d_bias, d_weight])
         dist.all_reduce(sums, group=ctx.process_group)
         counts = [ctx.batch * b * b for b in ctx.bins]
         mean_grad, mean_grad_normal = torch.stack([sums[:, k] / count for k, count in enumerate(counts)], 1)
-        dy = _backward_op(grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu)
-        return dy, None, None, d_weight, d_bias, None, None, None, None
+        dy = backward_op(grad, y, out, mean, invstd, weight, mean_grad, mean_grad_normal, ctx.bins, ctx.relu)
+        return dy, d_weight, d_bias

@@ -15,8 +15,11 @@ import torch
 
 from ..backends import run
 from ..checks import check_bins, check_features
-from ..geometry import cell_count, dense, is_channels_last, memory_format
-from ._define import LIBRARY, define
+from ..geometry import bin_end, bin_start, cell_count, dense, is_channels_last, memory_format
+from ..tracing import is_transformed
+from ._define import LIBRARY, define, plain
+
+_plain_forward = plain("pyramid_pool", "forward")
 
 
 @overload
@@ -61,7 +64,6 @@ def pyramid_pool(
     """
     bins = check_bins("pyramid_pool", bins)
     check_features("pyramid_pool", x)
-    needs_grad = x.requires_grad and torch.is_grad_enabled()
     if reserve is not None:
         before, after = reserve
         if return_input or min(before, after) < 0:
@@ -69,16 +71,30 @@ def pyramid_pool(
                 "pyramid_pool: reserve must be two numbers of channels, without return_input, "
                 f"got {reserve} and return_input={return_input}"
             )
-        pool: Any = cast(Any, _PoolAndReserve).apply if needs_grad else _concat_op
-        reserved: tuple[torch.Tensor, torch.Tensor] = pool(x, bins, before + x.shape[1] + after, before)
+        if is_transformed():
+            widths = before, after
+            unfilled = [x.new_zeros(x.shape[0], width, *x.shape[2:]) for width in widths]
+            return _plainly(x, bins), torch.cat([unfilled[0], x, unfilled[1]], 1)
+        reserved: tuple[torch.Tensor, torch.Tensor] = _concat_op(x, bins, before + x.shape[1] + after, before)
         return reserved
-    if not return_input:
-        pyramid: torch.Tensor = _op(x, bins)
-        return pyramid
-    if not needs_grad:
-        return _op(x, bins), x
+    if is_transformed() or not (return_input and x.requires_grad and torch.is_grad_enabled()):
+        pyramid: torch.Tensor = _plainly(x, bins) if is_transformed() else _op(x, bins)
+        return (pyramid, x) if return_input else pyramid
     pair: tuple[torch.Tensor, torch.Tensor] = cast(Any, _PoolAndPass).apply(x, bins)
     return pair
+
+
+def _plainly(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
+    if not (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()):
+        pyramid: torch.Tensor = _plain_forward(x, bins)
+        return pyramid
+    # ONNX has no adaptive pooling, and torch's tracing exporter none whose windows differ in size: the windows one by one.
+    height, width, pooled = int(x.shape[2]), int(x.shape[3]), []
+    for b in bins:
+        rows = [x[:, :, bin_start(i, height, b) : bin_end(i, height, b)].mean(2) for i in range(b)]
+        cells = [row[..., bin_start(j, width, b) : bin_end(j, width, b)].mean(2) for row in rows for j in range(b)]
+        pooled += cells
+    return torch.stack(pooled, 1)
 
 
 def _forward(x: torch.Tensor, bins: Sequence[int]) -> torch.Tensor:
@@ -154,7 +170,43 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     return _backward_op(grad, None, ctx.size, ctx.bins, ctx.channels_last), None
 
 
+def _setup_concat_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, bins, _, ctx.first_channel = inputs
+    _setup_context(ctx, (x, bins), None)
+    ctx.set_materialize_grads(False)
+    ctx.channels = x.shape[1]
+    ctx.reserves = True  # so that `upsample_concat` knows its target, see `_Fill`
+
+
+def _concat_gradient(ctx: Any, grad: torch.Tensor | None, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+    grad_input = None if grad_out is None else grad_out.narrow(1, ctx.first_channel, ctx.channels)
+    return _joint_gradient(ctx, grad, grad_input), None, None, None
+
+
+def _joint_gradient(ctx: Any, grad: torch.Tensor | None, grad_input: torch.Tensor | None) -> torch.Tensor | None:
+    """Of x, which went on beside its pyramid: both gradients meet in one kernel."""
+    if grad is None:
+        return grad_input
+    dx: torch.Tensor = _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last)
+    return dx
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.bins, ctx.has_input = inputs[3], inputs[1] is not None
+
+
+def _backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Spreading is pooling's transpose, so its gradient pools."""
+    return _op(grad, ctx.bins), grad if ctx.has_input else None, None, None, None
+
+
 torch.library.register_autograd("pspnet_fast::pyramid_pool", _gradient, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "pspnet_fast::pyramid_pool_concat", _concat_gradient, setup_context=_setup_concat_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "pspnet_fast::pyramid_pool_backward", _backward_gradient, setup_context=_setup_backward_context, lib=LIBRARY
+)
 
 
 class _PoolAndPass(torch.autograd.Function):
@@ -168,29 +220,4 @@ class _PoolAndPass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
-        grad, grad_input = grads
-        if grad is None:
-            return grad_input, None
-        return _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last), None
-
-
-class _PoolAndReserve(torch.autograd.Function):
-    """x -> (pyramid, x among reserved channels), whose gradients meet in one kernel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, bins: tuple[int, ...], channels: int, first_channel: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        _setup_context(ctx, (x, bins), None)
-        ctx.set_materialize_grads(False)
-        ctx.first_channel, ctx.channels = first_channel, x.shape[1]
-        pair: tuple[torch.Tensor, torch.Tensor] = _concat_op(x, bins, channels, first_channel)
-        return pair
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
-        grad, grad_out = grads
-        grad_input = None if grad_out is None else grad_out.narrow(1, ctx.first_channel, ctx.channels)
-        if grad is None:
-            return grad_input, None, None, None
-        return _backward_op(grad, grad_input, ctx.size, ctx.bins, ctx.channels_last), None, None, None
+        return _joint_gradient(ctx, *grads), None

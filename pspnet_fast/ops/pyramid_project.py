@@ -25,7 +25,10 @@ from ..checks import (
     check_tensor,
 )
 from ..geometry import accumulation_dtype, levels
-from ._define import LIBRARY, autocast_dtype, define
+from ..tracing import is_transformed
+from ._define import LIBRARY, autocast, define, plain
+
+_plain_forward = plain("pyramid_project", "forward")
 
 
 def pyramid_project(
@@ -39,7 +42,7 @@ def pyramid_project(
     """Reduce the channels of every level by its own 1x1 convolution (Zhao et al., CVPR 2017, section 3.2).
 
     Equals, for level k, `relu(scale[k] * conv2d(level_k, weight[k]) + shift[k])`. Under autocast the pyramid and the
-    weights are cast like a convolution's. Sums are held in float32 (float64 for float64), rounded once.
+    weights are cast like a convolution's (float64 is not). Sums are held in float32 (float64 for float64), rounded once.
 
     Args:
         pyramid: packed cells (N, S, C), as from `pyramid_pool`.
@@ -64,8 +67,7 @@ def pyramid_project(
         raise ValueError(f"{op}: weight must hold one matrix for each of the {len(bins)} bins, got {len(weights)}")
     check_tensor(op, "weight[0]", weights[0], "RC")
     shape = (weights[0].shape[0], pyramid.shape[2])
-    if dtype := autocast_dtype(pyramid):
-        pyramid, weights = pyramid.to(dtype), [w.to(dtype) for w in weights]
+    pyramid, weights = autocast(pyramid), [autocast(matrix) for matrix in weights]
     for k, matrix in enumerate(weights):
         check_shape(op, f"weight[{k}]", matrix, shape, "(R, C)")
         check_same_device(op, "pyramid", pyramid, f"weight[{k}]", matrix)
@@ -76,7 +78,8 @@ def pyramid_project(
             check_shape(op, name, tensor, (len(bins), shape[0]), "(B, R)")
             check_same_device(op, "pyramid", pyramid, name, tensor)
     scale, shift = (None if t is None else t.to(wide) for t in (scale, shift))
-    y: torch.Tensor = _op(pyramid, weights, bins, scale, shift, relu)
+    compute = _plain_forward if is_transformed() else _op
+    y: torch.Tensor = compute(pyramid, weights, bins, scale, shift, relu)
     return y
 
 
@@ -163,4 +166,28 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return d_pyramid, list(d_weight.unbind(0)), None, d_scale, d_shift, None
 
 
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, pyramid, weight, ctx.bins = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, pyramid, *weight)
+
+
+def _backward_gradient(ctx: Any, dd_pyramid: torch.Tensor | None, dd_weight: torch.Tensor | None) -> tuple[Any, ...]:
+    """Of W^T g and g p^T, both bilinear: products like them, with the incoming gradients for p and for W."""
+    grad, pyramid, *weight = ctx.saved_tensors
+    bins, d_grad, d_pyramid, d_weight = ctx.bins, None, None, [None] * len(weight)
+    if dd_pyramid is not None:
+        d_grad = _op(dd_pyramid, weight, bins, None, None, False)
+        d_weight = list(_backward_op(grad, dd_pyramid, weight, bins)[1].unbind(0))
+    if dd_weight is not None:
+        matrices = list(dd_weight.unbind(0))
+        product = _op(pyramid, matrices, bins, None, None, False)
+        d_grad = product if d_grad is None else d_grad + product
+        d_pyramid = _backward_op(grad, pyramid, matrices, bins)[0]
+    return d_grad, d_pyramid, d_weight, None
+
+
 torch.library.register_autograd("pspnet_fast::pyramid_project", _gradient, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "pspnet_fast::pyramid_project_backward", _backward_gradient, setup_context=_setup_backward_context, lib=LIBRARY
+)

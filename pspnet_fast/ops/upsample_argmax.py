@@ -20,10 +20,13 @@ import torch
 from ..backends import run
 from ..checks import check_logits, check_map_size
 from ..geometry import dense
-from ._define import define
+from ..tracing import is_traced, is_transformed
+from ._define import define, plain
 
 BYTE_CLASSES = 256
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+_plain_confidence = plain("upsample_argmax", "confidence")
+_plain_forward = plain("upsample_argmax", "forward")
 
 
 def upsample_argmax(
@@ -55,7 +58,7 @@ def upsample_argmax(
     """
     op = "upsample_argmax"
     check_logits(op, logits)
-    height, width = check_map_size(op, size)
+    height, width = size if is_traced() else check_map_size(op, size)  # a tracer's numbers are no integers
     classes = logits.shape[1]
     if dtype is None:
         dtype = torch.uint8 if classes <= BYTE_CLASSES else torch.int64
@@ -65,9 +68,11 @@ def upsample_argmax(
         raise ValueError(f"{op}: uint8 must hold every class, at most {BYTE_CLASSES}, got {classes}")
     logits = logits.detach()
     if confidence:
-        pair: tuple[torch.Tensor, torch.Tensor] = _confidence_op(logits, [height, width], align_corners, dtype)
+        with_confidence = _plain_confidence if is_transformed() else _confidence_op
+        pair: tuple[torch.Tensor, torch.Tensor] = with_confidence(logits, [height, width], align_corners, dtype)
         return pair
-    labels: torch.Tensor = _op(logits, [height, width], align_corners, dtype)
+    compute = _plain_forward if is_transformed() else _op
+    labels: torch.Tensor = compute(logits, [height, width], align_corners, dtype)
     return labels
 
 

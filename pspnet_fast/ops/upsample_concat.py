@@ -25,7 +25,11 @@ from ..checks import (
     check_same_dtype,
 )
 from ..geometry import cell_count, channel_blocks, dense, is_channels_last, memory_format
-from ._define import LIBRARY, autocast_dtype, define
+from ..tracing import is_transformed
+from ._define import LIBRARY, autocast_dtype, check_writable, define, plain
+
+_plain_forward = plain("upsample_concat", "forward")
+_plain_fill = plain("upsample_concat", "fill")
 
 
 def upsample_concat(
@@ -57,7 +61,8 @@ def upsample_concat(
 
     Raises:
         ValueError: a rank, size or batch that does not fit, an order that is none, tensors on two devices, or with
-            `in_place` an x that is not dense or has too few channels.
+            `in_place` an x that is not dense, has too few channels or shares memory with the pyramid.
+        RuntimeError: `in_place`, an x that PyTorch would not write to: a leaf that requires grad.
         TypeError: not floating point, or two dtypes (under autocast the wider one is taken; `in_place` it must be x's).
     """
     op = "upsample_concat"
@@ -74,7 +79,8 @@ def upsample_concat(
         dtype = torch.promote_types(x.dtype, pyramid.dtype)
         x, pyramid = x.to(dtype), pyramid.to(dtype)
     check_same_dtype(op, "x", x, "pyramid", pyramid)
-    out: torch.Tensor = _op(x, pyramid, bins, blocks, align_corners)
+    compute = _plain_forward if is_transformed() else _op
+    out: torch.Tensor = compute(x, pyramid, bins, blocks, align_corners)
     return out
 
 
@@ -90,6 +96,10 @@ def _fill_in_place(
     if autocast_dtype(x) and torch.promote_types(x.dtype, pyramid.dtype) == x.dtype:
         pyramid = pyramid.to(x.dtype)
     check_same_dtype(op, "x", x, "pyramid", pyramid)
+    check_writable(op, "x", x, read=[("pyramid", pyramid)])
+    if is_transformed():
+        _plain_fill(x, pyramid, bins, order, align_corners)
+        return x
     if torch.is_grad_enabled() and (x.requires_grad or pyramid.requires_grad):
         out: torch.Tensor = cast(Any, _Fill).apply(x, pyramid, bins, order, align_corners)
         return out
@@ -172,7 +182,22 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dx, d_pyramid, None, None, None
 
 
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, ctx.channels, ctx.bins, ctx.order, ctx.align_corners = inputs
+    ctx.like, ctx.channels_last = (grad.shape[0], *grad.shape[2:]), is_channels_last(grad)
+
+
+def _backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """The backward's transpose is the forward; x's channels were not read."""
+    n, *size = ctx.like
+    no_x = grad.new_zeros(n, ctx.channels, *size).contiguous(memory_format=memory_format(ctx.channels_last))
+    return _op(no_x, grad, ctx.bins, ctx.order, ctx.align_corners), None, None, None, None
+
+
 torch.library.register_autograd("pspnet_fast::upsample_concat", _gradient, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "pspnet_fast::upsample_concat_backward", _backward_gradient, setup_context=_setup_backward_context, lib=LIBRARY
+)
 
 
 class _Fill(torch.autograd.Function):
@@ -189,6 +214,8 @@ class _Fill(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.bins, ctx.order, ctx.align_corners = bins, order, align_corners
         ctx.channels = out.shape[1] - len(bins) * pyramid.shape[2]
+        # Of a tensor that `pyramid_pool` reserved, nobody reads the gradient of the levels' channels.
+        ctx.written = [] if getattr(out.grad_fn, "reserves", False) else _level_blocks(ctx, pyramid.shape[2])
         ctx.mark_dirty(out)
         _fill_op(out, pyramid, bins, order, align_corners)
         return out
@@ -199,5 +226,14 @@ class _Fill(torch.autograd.Function):
         d_pyramid = None
         if ctx.needs_input_grad[1]:
             d_pyramid = _backward_op(grad, ctx.channels, ctx.bins, ctx.order, ctx.align_corners)
-        # The reserved channels' part is read by nobody: pyramid_pool takes its own channels out.
-        return grad if ctx.needs_input_grad[0] else None, d_pyramid, None, None, None
+        d_out = None
+        if ctx.needs_input_grad[0]:
+            d_out = grad.clone() if ctx.written else grad
+            for first, count in ctx.written:  # what stood there is gone
+                d_out.narrow(1, first, count).zero_()
+        return d_out, d_pyramid, None, None, None
+
+
+def _level_blocks(ctx: Any, reduced: int) -> list[tuple[int, int]]:
+    starts = channel_blocks(ctx.order, ctx.channels, reduced)
+    return [(start, reduced) for block, start in starts.items() if block != -1]

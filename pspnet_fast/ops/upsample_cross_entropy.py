@@ -12,12 +12,13 @@ interpolation matrices: at most two non-zero weights a row (`geometry.bilinear_t
     sums     sum of g loss, sum of g w[t], number of pixels that count; and the gradient of the first, all in one pass
 
 so a mean divides two of the sums, and its gradient is that of the sum, scaled. The gradient of `losses` is `sums` with the
-incoming gradient for g. Saved for backward: N*K*h*w for a mean or a sum, for single losses the inputs. Must move: the
-logits and the target; N*K*H*W exponentials are the work.
+incoming gradient for g. Saved for backward: the inputs, and the gradient N*K*h*w of a mean or a sum. Must move: the
+logits and the target; N*K*H*W exponentials are the work. A second derivative is plain PyTorch's, with its memory.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ import torch
 from ..backends import run
 from ..checks import check_same_device, check_shape, check_tensor
 from ..geometry import accumulation_dtype, dense, is_channels_last, memory_format
-from ._define import LIBRARY, define
+from ..tracing import is_batched, is_traced, is_transformed
+from ._define import LIBRARY, define, plain, plain_gradient
 
 OP = "upsample_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
+_plain_losses = plain("upsample_cross_entropy", "losses")
+_plain_sums = plain("upsample_cross_entropy", "sums")
 
 
 def upsample_cross_entropy(
@@ -59,7 +63,7 @@ def upsample_cross_entropy(
         pixel_weight: (N, H, W), by which losses are multiplied; a mean divides by the sum of `weight[target] *
             pixel_weight`. Where it is 0 a pixel does not count. It gets no gradient.
         check_targets: whether a target that is neither a class nor `ignore_index` is an error. None: on the CPU it is; on
-            a GPU, where looking stops the host, such pixels are ignored.
+            a GPU, where looking stops the host, such pixels are ignored, as they are of a target under vmap.
 
     Returns:
         A scalar, or (N, H, W) for "none", in float32 (float64 for float64). A mean over no pixel is NaN.
@@ -89,11 +93,22 @@ def upsample_cross_entropy(
         raise ValueError(f"{OP}: label_smoothing must be in [0, 1], got {label_smoothing}")
     options = ignore_index, float(label_smoothing), align_corners
     check = logits.device.type == "cpu" if check_targets is None else check_targets
+    transformed = is_transformed()
+    if transformed and check and _has_values(target):
+        _check_classes(target, logits.shape[1], ignore_index)
     if reduction == "none":
-        losses: torch.Tensor = _losses_op(logits, target, weight, *options, check)
+        losses: torch.Tensor = (
+            _plain_losses(logits, target, weight, *options)
+            if transformed
+            else _losses_op(logits, target, weight, *options, check)
+        )
         return losses if pixel_weight is None else torch.where(pixel_weight == 0, 0, losses * pixel_weight)
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    sums: torch.Tensor = _sums_op(logits, target, weight, pixel_weight, *options, check, gradient)[0]
+    sums: torch.Tensor = (
+        _plain_sums(logits, target, weight, pixel_weight, *options, False)
+        if transformed
+        else _sums_op(logits, target, weight, pixel_weight, *options, check, gradient)
+    )[0]
     return sums[0] / sums[1] if reduction == "mean" else sums[0].clone()
 
 
@@ -111,6 +126,10 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     if 0 in target.shape[1:]:
         raise ValueError(f"{OP}: target must have at least one row and column, got {tuple(target.shape)}")
     check_same_device(OP, "logits", logits, "target", target)
+
+
+def _has_values(target: torch.Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or is_traced() or is_batched(target))
 
 
 def _check_classes(target: torch.Tensor, classes: int, ignore_index: int) -> None:
@@ -205,6 +224,24 @@ _sums_op = define(
 )
 
 
+def _losses_of(
+    target: torch.Tensor, weight: torch.Tensor | None, options: tuple[Any, ...], logits: torch.Tensor
+) -> torch.Tensor:
+    losses: torch.Tensor = _plain_losses(logits, target, weight, *options[:3])
+    return losses
+
+
+def _total_of(
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    pixel_weight: torch.Tensor | None,
+    options: tuple[Any, ...],
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    sums: torch.Tensor = _plain_sums(logits, target, weight, pixel_weight, *options, False)[0]
+    return sums[0]
+
+
 def _losses_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     logits, target, weight, *ctx.options = inputs
     ctx.save_for_backward(logits, target, weight)
@@ -213,20 +250,26 @@ def _losses_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tenso
 def _losses_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     logits, target, weight = ctx.saved_tensors
     ignore_index, label_smoothing, align_corners, _ = ctx.options
+    if torch.is_grad_enabled():
+        losses = functools.partial(_losses_of, target, weight, ctx.options)
+        return plain_gradient(losses, logits, grad), None, None, None, None, None, None
     _, d_logits = _sums_op(logits, target, weight, grad, ignore_index, label_smoothing, align_corners, False, True)
     return d_logits.to(logits.dtype), None, None, None, None, None, None
 
 
 def _sums_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(*output)
+    ctx.options = inputs[4:7]
+    ctx.save_for_backward(*output, *inputs[:4])
 
 
 def _sums_gradient(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-    sums, unscaled = ctx.saved_tensors
+    sums, unscaled, logits, target, weight, pixel_weight = ctx.saved_tensors
     # Where no pixel counts a mean divides by 0, and no logit is to blame.
     scale = torch.where(sums[2] == 0, 0, grad[0])
-    return (unscaled * scale).to(ctx.dtype), None, None, None, None, None, None, None, None
+    if torch.is_grad_enabled():
+        total = functools.partial(_total_of, target, weight, pixel_weight, ctx.options)
+        return plain_gradient(total, logits, scale), None, None, None, None, None, None, None, None
+    return (unscaled * scale).to(logits.dtype), None, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd(

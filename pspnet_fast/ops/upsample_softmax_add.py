@@ -17,7 +17,10 @@ import torch
 from ..backends import run
 from ..checks import check_logits, check_map_size, check_same_device
 from ..geometry import dense
-from ._define import define
+from ..tracing import is_transformed
+from ._define import check_writable, define, plain
+
+_plain_forward = plain("upsample_softmax_add", "forward")
 
 
 def upsample_softmax_add(
@@ -48,8 +51,9 @@ def upsample_softmax_add(
         total.
 
     Raises:
-        ValueError: a rank, a size or a number of corners or classes that does not fit, a total that is not contiguous, or
-            tensors on two devices.
+        ValueError: a rank, a size or a number of corners or classes that does not fit, a total that is not contiguous or
+            shares memory with the logits, or tensors on two devices.
+        RuntimeError: a total that PyTorch would not write to: a leaf that requires grad.
         TypeError: a total that is not float32, logits that are not floating point, corners or a size that are not integers.
     """
     op = "upsample_softmax_add"
@@ -62,8 +66,14 @@ def upsample_softmax_add(
     if not total.is_contiguous():
         raise ValueError(f"{op}: total must be contiguous, got strides {total.stride()}")
     check_same_device(op, "total", total, "logits", logits)
+    check_writable(op, "total", total, read=[("logits", logits)])
     pairs = _pairs(op, corners, logits.shape[0])
-    _op(total.detach(), logits.detach(), pairs, [height, width], align_corners, flip, weight)
+    options = pairs, [height, width], align_corners, flip, weight
+    if is_transformed():
+        with torch.no_grad():
+            _plain_forward(logits.detach(), total, *options)
+    else:
+        _op(total.detach(), logits.detach(), *options)
     return total
 
 

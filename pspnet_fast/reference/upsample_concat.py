@@ -10,28 +10,29 @@ import torch.nn.functional as F
 from ..geometry import accumulation_dtype, channel_blocks, is_channels_last, levels, memory_format
 
 
+def _level_maps(
+    pyramid: torch.Tensor, bins: Sequence[int], size: Sequence[int], align_corners: bool
+) -> list[torch.Tensor]:
+    n, reduced = pyramid.shape[0], pyramid.shape[2]
+    wide = pyramid.to(accumulation_dtype(pyramid.dtype))
+    grids = [level.transpose(1, 2).reshape(n, reduced, b, b) for b, level in zip(bins, levels(wide, bins), strict=True)]
+    return [F.interpolate(grid, tuple(size), mode="bilinear", align_corners=align_corners) for grid in grids]
+
+
 def upsample_concat_forward(
     x: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
 ) -> torch.Tensor:
-    (n, c, height, width), reduced = x.shape, pyramid.shape[2]
-    channels = len(bins) * reduced + (c if -1 in order else 0)
-    format_of_x = memory_format(is_channels_last(x))
-    out = torch.empty((n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=format_of_x)
-    if -1 in order:
-        out.narrow(1, channel_blocks(order, c, reduced)[-1], c).copy_(x)
-    upsample_concat_fill(out, pyramid, bins, order, align_corners)
-    return out
+    maps = [level_map.to(x.dtype) for level_map in _level_maps(pyramid, bins, x.shape[2:], align_corners)]
+    out = torch.cat([x if block == -1 else maps[block] for block in order], 1)
+    return out.contiguous(memory_format=memory_format(is_channels_last(x)))
 
 
 def upsample_concat_fill(
     out: torch.Tensor, pyramid: torch.Tensor, bins: Sequence[int], order: Sequence[int], align_corners: bool
 ) -> None:
-    n, reduced = pyramid.shape[0], pyramid.shape[2]
+    reduced = pyramid.shape[2]
     starts = channel_blocks(order, out.shape[1] - len(bins) * reduced, reduced)
-    wide = pyramid.to(accumulation_dtype(pyramid.dtype))
-    for k, (b, level) in enumerate(zip(bins, levels(wide, bins), strict=True)):
-        grid = level.transpose(1, 2).reshape(n, reduced, b, b)
-        level_map = F.interpolate(grid, out.shape[2:], mode="bilinear", align_corners=align_corners)
+    for k, level_map in enumerate(_level_maps(pyramid, bins, out.shape[2:], align_corners)):
         out.narrow(1, starts[k], reduced).copy_(level_map)
 
 

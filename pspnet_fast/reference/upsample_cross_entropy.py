@@ -16,7 +16,8 @@ def _upsampled(
     upsampled = F.interpolate(wide, target.shape[1:], mode="bilinear", align_corners=align_corners)
     target = target.long()
     counts = (target != ignore_index) & (target >= 0) & (target < logits.shape[1])
-    return upsampled, torch.where(counts, target, 0), counts
+    # What an ignored pixel holds, perhaps Inf, has no part in any derivative.
+    return torch.where(counts[:, None], upsampled, 0), torch.where(counts, target, 0), counts
 
 
 def upsample_cross_entropy_losses(

@@ -604,17 +604,40 @@ def second_derivative(function, x):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives(reduction):
-    """Of the op they would be zero without a word; of what PyTorch computes they are its own."""
+    """Of the loss they are PyTorch's to its accuracy; of what PyTorch computes they are its own."""
     x, target = inputs()
-    with (
-        accelerate_losses(),
-        pytest.raises(RuntimeError, match="^accelerate_losses: a loss must be differentiated once"),
-    ):
-        second_derivative(lambda x: F.cross_entropy(upsampled(x), target, ignore_index=255, reduction=reduction), x)
+
+    def loss(x):
+        return F.cross_entropy(upsampled(x), target, ignore_index=255, reduction=reduction)
+
+    expected = second_derivative(loss, x.double())
+    with accelerate_losses() as used:
+        actual = second_derivative(loss, x)
+    assert used.losses == 1
+    largest = expected.abs().max().item()
+    assert largest > 0
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5 * largest)
     for function in (lambda x: upsampled(x).exp(), lambda x: Doubled.apply(upsampled(x)).exp()):
         expected = second_derivative(function, x)
         with accelerate_losses():
             assert torch.equal(second_derivative(function, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode(reduction):
+    x, target = inputs()
+
+    def tangent():
+        with torch.autograd.forward_ad.dual_level():
+            logits = upsampled(torch.autograd.forward_ad.make_dual(x, 2 - x))
+            loss = F.cross_entropy(logits, target, ignore_index=255, reduction=reduction)
+            return torch.autograd.forward_ad.unpack_dual(loss).tangent
+
+    expected = tangent()
+    with accelerate_losses() as used:
+        assert torch.equal(tangent(), expected)
+    assert used.losses == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is:DeprecationWarning")
