@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from ..backends import run
-from ..checks import check_bins, check_features
+from ..checks import MAX_OFFSET, check_bins, check_features
 from ..geometry import cell_count, dense, is_channels_last, memory_format
 from ._define import LIBRARY, define
 
@@ -56,7 +56,7 @@ def pyramid_pool(
 
     Raises:
         ValueError: x is not 4-D or has an empty axis other than N, bins is empty or has a number below 1, reserve is
-            negative, or both reserve and return_input are asked for.
+            negative or beyond 2^30, or both reserve and return_input are asked for.
         TypeError: x is not a floating-point tensor, or bins are not integers.
     """
     bins = check_bins("pyramid_pool", bins)
@@ -64,9 +64,9 @@ def pyramid_pool(
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     if reserve is not None:
         before, after = reserve
-        if return_input or min(before, after) < 0:
+        if return_input or min(before, after) < 0 or max(before, after) > MAX_OFFSET:
             raise ValueError(
-                "pyramid_pool: reserve must be two numbers of channels, without return_input, "
+                f"pyramid_pool: reserve must be two numbers of channels, at most {MAX_OFFSET}, without return_input, "
                 f"got {reserve} and return_input={return_input}"
             )
         pool: Any = cast(Any, _PoolAndReserve).apply if needs_grad else _concat_op
