@@ -36,8 +36,8 @@ struct BilinearTap {
   Integer lower, upper, numerator, denominator;
 };
 
-// The upper cell of the pixels whose lower one is `lower`: the next; at the end, and on an axis that keeps its size, itself.
-// Such an axis has one cell a pixel, as in torch: a neighbour's NaN or Inf, times a weight of 0, would be NaN.
+// The upper cell of the pixels whose lower one is `lower`: the next; itself at the end, and on an axis that keeps its size.
+// The latter has one cell a pixel, as in torch: a neighbour's NaN or Inf, times a weight of 0, would be NaN.
 template <class Integer>
 PSPNET_FAST_HOST_DEVICE constexpr Integer next_cell(Integer lower, Integer size, Integer cells) {
   return size == cells || lower + 1 == cells ? lower : lower + 1;

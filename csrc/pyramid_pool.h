@@ -34,9 +34,9 @@ inline PoolSizes check_pyramid_pool(const char* op, const Tensor& x, const std::
 inline PoolSizes check_pyramid_pool_concat(const char* op, const Tensor& x, const std::vector<int64_t>& bins,
                                            int64_t channels, int64_t first_channel) {
   const PoolSizes sizes = check_pyramid_pool(op, x, bins);
-  check(first_channel >= 0 && first_channel <= channels - sizes.c && channels <= INT32_MAX, op, sizes.c,
-        " channels from first_channel = ", first_channel, " on must lie within the ", channels,
-        " of the result, at most 2^31 - 1");
+  check(first_channel >= 0 && first_channel <= channels - sizes.c && channels <= INT32_MAX, op,
+        "channels from first_channel = ", first_channel, " on, C = ", sizes.c, " of them, must lie within the ", channels,
+        " of the result, which are at most 2^31 - 1");
   return sizes;
 }
 

@@ -40,7 +40,7 @@ def levels(pyramid: torch.Tensor, bins: Sequence[int]) -> list[torch.Tensor]:
 
 
 def next_cell(lower: int, size: int, cells: int) -> int:
-    """The upper cell of the pixels whose lower one is `lower`: the next; itself at the end, and on an axis that keeps its size.
+    """The upper cell of the pixels with this lower one: the next; itself at the end, and on an axis that keeps its size.
 
     The latter has one cell a pixel, as in torch: a neighbour's NaN or Inf, times a weight of 0, would be NaN.
     """

@@ -2,7 +2,7 @@
 
 Maps and pyramids are small, but hold enough numbers for plain PyTorch's largest error among them not to be luck.
 
-A row names what a loop walks, the lengths of its blocks (the constants of the kernels, per instruction set, dtype or tile), and
+A row names what a loop walks, the lengths of its blocks (constants of the kernels, by instruction set, dtype or tile), and
 a case of the op in which there are so many. Each is run with a length around every block, as accurate as the rule asks.
 """
 
@@ -45,7 +45,7 @@ def around(lengths: Sequence[int]) -> list[int]:
 
 
 def cases(op: str, loops: Sequence[Loop], formats: bool = True) -> list[Any]:
-    """pytest parameters (backend, format, arguments); without formats (backend, arguments)."""
+    """Parameters for pytest (backend, format, arguments); without formats (backend, arguments)."""
     marks = {parameter.values[0]: parameter.marks for parameter in testing.backends(op)}
     parameters = []
     for loop in loops:
@@ -65,18 +65,28 @@ POOL = [  # size, bins
     Loop("cpu", "rows", (2,), lambda h: ((1, 17, h, 4), (1, 2, 3))),
     Loop("cuda", "channels", (64,), lambda c: ((1, c, 2, 3), (1, 2)), "channels_last"),
     Loop("cuda", "planes of a group", (32,), lambda c: ((2, c, 3, 2), (1, 2)), "nchw"),
-    Loop("cuda", "pixels of a row's segment", (16,), lambda w: ((1, 4, 1, w), (1,))),
-    Loop("cuda", "rows of a segment", (16,), lambda h: ((1, 4, h, 2), (1,))),
+    Loop("cuda", "pixels of a row's segment", (16,), lambda w: ((2, 20, 1, w), (1,))),
+    Loop("cuda", "rows of a segment", (16,), lambda h: ((3, 40, h, 3), (1,))),
     Loop("cuda", "rows of a band", (64,), lambda h: ((1, 2, h, 64), (1, 3)), "nchw"),  # 16 KiB
     Loop("cuda", "bands of a ring", (192,), lambda h: ((1, 1, h, 64), (1, 2)), "nchw"),  # of three
-    Loop("cuda", "levels of a launch", (16, 64), lambda levels: ((1, 2, 4, 3), (1, 2) * (levels // 2) + (3,) * (levels % 2))),
-    Loop("cuda", "windows of an axis", (128,), lambda windows: ((1, 1, 3, 5), (*(16,) * (windows // 16), windows % 16 or 16))),
+    Loop(
+        "cuda",
+        "levels of a launch",
+        (16, 64),
+        lambda levels: ((1, 2, 4, 3), (1, 2) * (levels // 2) + (3,) * (levels % 2)),
+    ),
+    Loop(
+        "cuda",
+        "windows of an axis",
+        (128,),
+        lambda windows: ((1, 8, 3, 5), (*(16,) * (windows // 16), windows % 16 or 16)),
+    ),
     Loop("cuda", "segments of an axis", (64,), lambda b: ((1, 1, b, 3), (b,))),
     Loop("triton", "channels", (64,), lambda c: ((1, c, 2, 3), (1, 2))),
     Loop("triton", "pixels of a segment", (16,), lambda w: ((1, 3, 1, w), (1,))),
     Loop("triton", "rows", (4, 16), lambda h: ((1, 3, h, 3), (1,))),
     Loop("triton", "columns", (256,), lambda w: ((1, 2, 1, w), (1, 2)), "nchw"),
-    Loop("triton", "segments of a cell", (8, 32), lambda b: ((1, 2, 2, 2 * b), (b, 1))),
+    Loop("triton", "segments of a cell", (8, 32), lambda s: ((1, 2, 1, 16 * s), (1,)), "channels_last"),
 ]
 
 
@@ -172,11 +182,16 @@ CONCAT = [  # size of x, R, bins
     Loop("cuda", "rows of a tile", (1024,), lambda h: ((1, 1, h, 2), 1, (2,)), "nchw"),
     Loop("cuda", "elements of a tile, and of a band", (128,), lambda h: ((1, 1, h, 128), 1, (2,)), "nchw"),
     Loop("cuda", "planes of a tile", (8, 32), lambda r: ((1, 1, 4, 4), r, (1, 2)), "nchw"),
-    Loop("cuda", "levels of a launch", (8,), lambda levels: ((1, 2, 3, 4), 2, (1, 2) * (levels // 2) + (3,) * (levels % 2))),
+    Loop(
+        "cuda",
+        "levels of a launch",
+        (8,),
+        lambda levels: ((1, 2, 3, 4), 2, (1, 2) * (levels // 2) + (3,) * (levels % 2)),
+    ),
     Loop("triton", "channels", (16, 64), lambda r: ((1, 2, 2, 3), r, (1,))),
-    Loop("triton", "columns", (8, 16), lambda w: ((1, 2, 2, w), 2, (1,))),
+    Loop("triton", "columns", (8, 16), lambda w: ((1, 2, 2, w), 20, (1,))),
     Loop("triton", "wide columns", (256,), lambda w: ((1, 1, 1, w), 1, (2,)), "nchw"),
-    Loop("triton", "rows", (4, 16), lambda h: ((1, 2, h, 2), 2, (1,))),
+    Loop("triton", "rows", (4, 16), lambda h: ((1, 2, h, 2), 20, (1,))),
 ]
 
 
@@ -214,7 +229,10 @@ CONV2D = [  # R, O, size, bins, k
 def test_pyramid_conv2d(backend, memory_format, case):
     reduced, channels, size, bins, k = case
     padding = k // 2
-    pyramid, weight = torch.randn(1, sum(b * b for b in bins), reduced), torch.randn(channels, len(bins) * reduced, k, k)
+    pyramid, weight = (
+        torch.randn(1, sum(b * b for b in bins), reduced),
+        torch.randn(channels, len(bins) * reduced, k, k),
+    )
     testing.assert_as_accurate(
         lambda p, w: pyramid_conv2d(p, w, size, bins, padding, memory_format=memory_format),
         lambda p, w: testing.plain_pyramid_conv2d(p, w, size, bins, padding),
@@ -259,7 +277,7 @@ CROSS_ENTROPY = [  # size of the logits, size of the target
     Loop("cpu", "columns of cells", (4, 8, 16), lambda w: ((1, 5, 2, w), (3, w))),
     Loop("cuda", "pixels of a row", (128,), lambda w: ((1, 3, 2, 2), (2, w))),
     Loop("cuda", "classes", (64,), lambda k: ((1, k, 2, 2), (3, 3))),
-    Loop("cuda", "pixels that share a class", (2,), lambda w: ((1, 3, 1, 1), (2, w))),
+    Loop("cuda", "pixels that share a class", (2,), lambda w: ((2, 9, 1, 2), (2, w))),
     Loop("triton", "pixels of a row", (4, 32), lambda w: ((1, 3, 1, 1), (2, w))),
     Loop("triton", "classes", (16,), lambda k: ((1, k, 1, 2), (2, 3))),
 ]
@@ -304,3 +322,64 @@ def test_upsample_softmax_add(backend, memory_format, case):
     testing.plain_upsample_softmax_add(plain, logits, corners, size, flip=True)
     testing.plain_upsample_softmax_add(exact, logits.double(), corners, size, flip=True)
     testing.assert_within(ours, plain, exact)
+
+
+def shared_work(op: str, memory_format: torch.memory_format) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """An op and tensors of enough work for three threads, in units that three do not divide."""
+    bins = (1, 2, 3)
+    x = torch.randn(2, 83, 31, 29).contiguous(memory_format=memory_format)
+    pyramid = torch.randn(2, 14, 83)
+    logits = torch.randn(2, 37, 13, 11).contiguous(memory_format=memory_format)
+    target = torch.randint(0, 37, (2, 101, 87))
+    weights = [torch.randn(530, 530) for _ in bins]
+    return {
+        "pyramid_pool": (lambda x: pyramid_pool(x, bins), [x]),
+        "pyramid_project": (lambda p, *w: pyramid_project(p, w, bins), [torch.randn(5, 14, 530), *weights]),
+        "pyramid_norm": (lambda y: pyramid_norm(y, bins, training=True), [torch.randn(70, 14, 83)]),
+        "upsample_concat": (lambda x, p: upsample_concat(x, p, bins), [x, pyramid]),
+        "pyramid_conv2d": (
+            lambda p, w: pyramid_conv2d(p, w, (31, 29), bins, memory_format=memory_format),
+            # Integers: the library's own product is exact, whatever its threads do.
+            [t.mul(2).round() for t in (pyramid, torch.randn(83, 3 * 83, 3, 3))],
+        ),
+        "upsample_argmax": (lambda x: upsample_argmax(x, (101, 87), confidence=True)[1], [logits]),
+        "upsample_cross_entropy": (lambda x: upsample_cross_entropy(x, target), [logits]),
+        "upsample_softmax_add": (
+            lambda x: upsample_softmax_add(torch.zeros(37, 110, 90), x, ((0, 0), (5, -3)), (101, 87)),
+            [logits],
+        ),
+    }[op]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(
+    "op",
+    [
+        "pyramid_pool",
+        "pyramid_project",
+        "pyramid_norm",
+        "upsample_concat",
+        "pyramid_conv2d",
+        "upsample_argmax",
+        "upsample_cross_entropy",
+        "upsample_softmax_add",
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bits(op, memory_format):
+    if reason := testing.unavailable(op, "cpu"):
+        pytest.skip(reason)
+    function, tensors = shared_work(op, memory_format)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with testing.use_backend("cpu"), testing.poisoned_memory():
+                leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+                out = function(*leaves)
+                gradients = torch.autograd.grad(out.square().sum(), leaves) if out.requires_grad else ()
+            runs.append([out.detach(), *gradients])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for once, again in zip(runs[0], run, strict=True):
+            assert torch.equal(once, again)
