@@ -66,8 +66,8 @@ def pyramid_pool(
         before, after = reserve
         if return_input or min(before, after) < 0 or max(before, after) > MAX_OFFSET:
             raise ValueError(
-                f"pyramid_pool: reserve must be two numbers of channels, at most {MAX_OFFSET}, without return_input, "
-                f"got {reserve} and return_input={return_input}"
+                "pyramid_pool: reserve must be two numbers of channels, without return_input, "
+                f"each from 0 to {MAX_OFFSET}, got {reserve} and return_input={return_input}"
             )
         pool: Any = cast(Any, _PoolAndReserve).apply if needs_grad else _concat_op
         reserved: tuple[torch.Tensor, torch.Tensor] = pool(x, bins, before + x.shape[1] + after, before)

@@ -368,7 +368,9 @@ def test_bad_input(x, bins, error, words):
 
 
 @pytest.mark.parametrize(
-    ("reserve", "return_input"), [((-1, 2), False), ((0, -3), False), ((1, 1), True)], ids=["before", "after", "both"]
+    ("reserve", "return_input"),
+    [((-1, 2), False), ((0, -3), False), ((1, 1), True), ((2**62, 2**62), False)],
+    ids=["before", "after", "both", "beyond"],
 )
 def test_bad_reserve(reserve, return_input):
     with pytest.raises(
