@@ -63,12 +63,32 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
         to_string(tensor.strides().data(), tensor.strides().size()));
 }
 
+// Up to 2^24 cells are exact in float32, and tables of them stay small; bins beyond would overflow their squares.
+constexpr int64_t kMostCells = int64_t{1} << 24;
+// Of an axis: what taps multiply, (2 * size + 1) * (cells + 1), stays within 64 bits.
+constexpr int64_t kMostLength = int64_t{1} << 30;
+
 inline void check_bins(const char* op, const std::vector<int64_t>& bins) {
   bool positive = !bins.empty();
+  int64_t cells = 0;
   for (const int64_t b : bins) {
     positive = positive && b > 0;
+    cells = cells > kMostCells || b > kMostCells ? kMostCells + 1 : cells + b * b;
   }
   check(positive, op, "bins must be positive and at least one, got ", to_string(bins.data(), bins.size()));
+  check(cells <= kMostCells, op, "bins must come to at most 2^24 cells, got ", to_string(bins.data(), bins.size()));
+}
+
+// (H, W) of a map with pixels, as an argument.
+inline void check_map_size(const char* op, const std::vector<int64_t>& size) {
+  check(size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] <= kMostLength && size[1] <= kMostLength, op,
+        "size must be (H, W), both positive and at most 2^30, got ", to_string(size.data(), size.size()));
+}
+
+// The same of a tensor's rows and columns, where they are sampled.
+inline void check_axes(const char* op, const char* name, int64_t rows, int64_t columns) {
+  check(rows <= kMostLength && columns <= kMostLength, op, name, " must have at most 2^30 rows and columns, got ", rows,
+        " x ", columns);
 }
 
 inline bool has_strides(const Tensor& tensor, const std::vector<int64_t>& strides) {

@@ -36,6 +36,13 @@ struct BilinearTap {
   Integer lower, upper, numerator, denominator;
 };
 
+// The upper cell of the pixels whose lower one is `lower`: the next; itself at the end, and on an axis that keeps its size.
+// The latter has one cell a pixel, as in torch: a neighbour's NaN or Inf, times a weight of 0, would be NaN.
+template <class Integer>
+PSPNET_FAST_HOST_DEVICE constexpr Integer next_cell(Integer lower, Integer size, Integer cells) {
+  return size == cells || lower + 1 == cells ? lower : lower + 1;
+}
+
 // Of taps, kernels on a GPU may use int where (2 * size + 1) * (cells + 1) is below 2^31: there divisions of 64 bits are slow.
 template <class Integer>
 PSPNET_FAST_HOST_DEVICE constexpr BilinearTap<Integer> bilinear_tap(Integer i, Integer size, Integer cells,
@@ -45,8 +52,7 @@ PSPNET_FAST_HOST_DEVICE constexpr BilinearTap<Integer> bilinear_tap(Integer i, I
   const Integer denominator = align_corners ? (size > 1 ? size - 1 : 1) : 2 * size;
   const Integer floor = position / denominator;
   const Integer lower = floor < cells - 1 ? floor : cells - 1;
-  const Integer upper = lower + 1 < cells - 1 ? lower + 1 : cells - 1;
-  return {lower, upper, position - lower * denominator, denominator};
+  return {lower, next_cell(lower, size, cells), position - lower * denominator, denominator};
 }
 
 // First pixel whose lower tap is `cell` or a later one; `size` from `cell` = `cells` on. The taps' inverse.

@@ -25,10 +25,9 @@ inline Conv2dSizes check_conv2d_map(const char* op, const char* name, const Tens
   check(map.dim() == 4, op, name, " must be 4-D (N, O, H', W'), got ", map.dim(), " dimensions");
   check_dtype(op, name, map);
   check_bins(op, bins);
-  check(kernel_size > 0 && padding >= 0, op, "kernel_size must be positive and padding not negative, got ", kernel_size,
-        " and ", padding);
-  check(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size must be (H, W), got ",
-        to_string(size.data(), size.size()));
+  check(kernel_size > 0 && padding >= 0 && kernel_size <= kMostLength && padding <= kMostLength, op,
+        "kernel_size must be positive and padding not negative, both at most 2^30, got ", kernel_size, " and ", padding);
+  check_map_size(op, size);
   const int64_t grown = 2 * padding - kernel_size + 1;
   check_size(op, name, map, {map.size(0), map.size(1), size[0] + grown, size[1] + grown});
   return {map.size(0),

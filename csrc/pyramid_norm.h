@@ -66,8 +66,9 @@ inline void check_lists(const char* op, const char* name, const std::vector<Tens
 inline void check_training(const char* op, const Tensor& y, const std::vector<int64_t>& bins,
                            const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,
                            const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
-                           const std::vector<double>& momentum) {
+                           const std::vector<double>& momentum, double eps) {
   check_cells(op, y, bins);
+  check(eps > 0, op, "eps must be positive, got ", eps);
   check(y.size(0) > 0, op, "y must hold images, got none");
   check_lists(op, "weight", weight, y, bins);
   check_lists(op, "bias", bias, y, bins);

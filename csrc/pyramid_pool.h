@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -21,6 +22,7 @@ inline PoolSizes check_pyramid_pool(const char* op, const Tensor& x, const std::
   check_bins(op, bins);
   const int64_t height = x.size(2), width = x.size(3);
   check(height > 0 && width > 0, op, "x must have pixels, got ", height, " x ", width);
+  check_axes(op, "x", height, width);
   return {x.size(0),
           x.size(1),
           height,
@@ -32,8 +34,9 @@ inline PoolSizes check_pyramid_pool(const char* op, const Tensor& x, const std::
 inline PoolSizes check_pyramid_pool_concat(const char* op, const Tensor& x, const std::vector<int64_t>& bins,
                                            int64_t channels, int64_t first_channel) {
   const PoolSizes sizes = check_pyramid_pool(op, x, bins);
-  check(first_channel >= 0 && first_channel + sizes.c <= channels, op, "channels [first_channel, first_channel + C) = [",
-        first_channel, ", ", first_channel + sizes.c, ") must lie within the ", channels, " of the result");
+  check(first_channel >= 0 && first_channel <= channels - sizes.c && channels <= INT32_MAX, op,
+        "channels from first_channel = ", first_channel, " on, C = ", sizes.c, " of them, must lie within the ", channels,
+        " of the result, which are at most 2^31 - 1");
   return sizes;
 }
 
@@ -44,8 +47,7 @@ inline PoolSizes check_pyramid_pool_backward(const char* op, const Tensor& grad,
   check_dtype(op, "grad", grad);
   check_contiguous(op, "grad", grad);
   check_bins(op, bins);
-  check(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size must be (H, W), got ",
-        to_string(size.data(), size.size()));
+  check_map_size(op, size);
   const int64_t n = grad.size(0), c = grad.size(2), height = size[0], width = size[1];
   const int64_t cells = level_start(bins.data(), static_cast<int64_t>(bins.size()));
   check_size(op, "grad", grad, {n, cells, c});

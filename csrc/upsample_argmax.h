@@ -21,8 +21,8 @@ inline ArgmaxSizes check_upsample_argmax(const char* op, const Tensor& logits, c
   const int64_t classes = logits.size(1);
   check(classes > 0 && classes <= INT32_MAX && logits.size(2) > 0 && logits.size(3) > 0, op,
         "logits must have classes and pixels, got ", to_string(logits.sizes().data(), 4));
-  check(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size must be (H, W), both positive, got ",
-        to_string(size.data(), size.size()));
+  check_axes(op, "logits", logits.size(2), logits.size(3));
+  check_map_size(op, size);
   check(dtype == ScalarType::Int || dtype == ScalarType::Long || (dtype == ScalarType::Byte && classes <= 256), op,
         "dtype must be int32 or int64, or uint8 for at most 256 classes, got ", torch::headeronly::toString(dtype));
   return {logits.size(0), classes, logits.size(2), logits.size(3), size[0], size[1],

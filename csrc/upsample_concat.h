@@ -48,6 +48,7 @@ inline bool check_map(const char* op, const char* name, const char* axes, const 
   check_dtype(op, name, map);
   check_bins(op, bins);
   check(map.size(2) > 0 && map.size(3) > 0, op, name, " must have pixels, got ", map.size(2), " x ", map.size(3));
+  check_axes(op, name, map.size(2), map.size(3));
   return check_is_channels_last(op, name, map);
 }
 
@@ -85,8 +86,8 @@ inline ConcatSizes check_upsample_concat_backward(const char* op, const Tensor& 
                                                   const std::vector<int64_t>& bins, const std::vector<int64_t>& order) {
   const bool channels_last = check_map(op, "grad", "(N, C + B * R, H, W)", grad, bins);
   const bool with_x = std::find(order.begin(), order.end(), -1) != order.end();
-  const int64_t upsampled = grad.size(1) - (with_x ? channels : 0), count = static_cast<int64_t>(bins.size());
-  check(upsampled >= 0 && upsampled % count == 0, op, "grad must have C + B * R channels, got ", grad.size(1),
+  const int64_t upsampled = grad.size(1) - (with_x && channels >= 0 ? channels : 0), count = static_cast<int64_t>(bins.size());
+  check(channels >= 0 && upsampled >= 0 && upsampled % count == 0, op, "grad must have C + B * R channels, got ", grad.size(1),
         " for C = ", channels, " and B = ", count);
   const int64_t reduced = upsampled / count;
   return {grad.size(0), channels,      reduced, grad.size(2), grad.size(3), channels_last,

@@ -37,6 +37,7 @@ inline CrossEntropySizes check_upsample_cross_entropy(const char* op, const Tens
   check_dtype(op, "logits", logits);
   check(logits.size(1) > 0 && logits.size(2) > 0 && logits.size(3) > 0, op, "logits must have classes and pixels, got ",
         to_string(logits.sizes().data(), 4));
+  check_axes(op, "logits", logits.size(2), logits.size(3));
   const bool channels_last = check_is_channels_last(op, "logits", logits);
   check(target.dim() == 3, op, "target must be 3-D (N, H, W), got ", target.dim(), " dimensions");
   const bool bytes = target.scalar_type() == ScalarType::Byte;
@@ -48,6 +49,7 @@ inline CrossEntropySizes check_upsample_cross_entropy(const char* op, const Tens
         " and ", target.size(0));
   check(target.size(1) > 0 && target.size(2) > 0, op, "target must have pixels, got ", target.size(1), " x ",
         target.size(2));
+  check_axes(op, "target", target.size(1), target.size(2));
   const bool wide = logits.scalar_type() == ScalarType::Double;
   return {logits.size(0),  logits.size(1), logits.size(2), logits.size(3), target.size(1),
           target.size(2),  channels_last,  bytes,          wide ? ScalarType::Double : ScalarType::Float};

@@ -19,10 +19,13 @@ inline bool check_upsample_softmax_add(const char* op, const Tensor& logits, con
         torch::headeronly::toString(total.scalar_type()));
   check_contiguous(op, "total", total);
   check_same_device(op, "total", total, logits);
-  check(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size must be (H, W), both positive, got ",
-        to_string(size.data(), size.size()));
+  check_axes(op, "logits", logits.size(2), logits.size(3));
+  check_map_size(op, size);
   check(static_cast<int64_t>(corners.size()) == 2 * logits.size(0), op, "corners must be (top, left) of ", logits.size(0),
         " windows, got ", corners.size(), " numbers");
+  for (const int64_t corner : corners) {
+    check(-kMostLength <= corner && corner <= kMostLength, op, "corners must lie within 2^30 of the total's, got ", corner);
+  }
   return check_is_channels_last(op, "logits", logits);
 }
 

@@ -74,10 +74,16 @@ def _position(i, size, cells, align_corners: tl.constexpr):
 
 
 @device_function
+def next_cell(lower, size, cells):
+    """The upper cell of the pixels whose lower one is `lower`: at the end, and on an axis that keeps its size, itself."""
+    return tl.where(size == cells, lower, tl.minimum(lower + 1, cells - 1))
+
+
+@device_function
 def bilinear_tap(i, size, cells, align_corners: tl.constexpr):
     position, denominator = _position(i, size, cells, align_corners)
     lower = tl.minimum(position // denominator, cells - 1)
-    return lower, tl.minimum(lower + 1, cells - 1), position - lower * denominator, denominator
+    return lower, next_cell(lower, size, cells), position - lower * denominator, denominator
 
 
 @device_function
@@ -96,6 +102,12 @@ def tap_start(cell, size, cells, align_corners: tl.constexpr):
     else:
         first = (2 * size * cell + size + cells - 1) // (2 * cells)
     return tl.where(cell <= 0, 0, tl.where(cell < cells, tl.minimum(first, size), size))
+
+
+@device_function
+def support_start(cell, size, cells, align_corners: tl.constexpr):
+    """First pixel that `cell` is part of: as an upper cell, which on an axis that keeps its size it is to none but its own."""
+    return tap_start(tl.where(size == cells, cell, cell - 1), size, cells, align_corners)
 
 
 @device_function
@@ -172,9 +184,8 @@ def level_factors(row, r, R, BINS: tl.constexpr):
 
 @device_function
 def upsample_taps(i, size, cells, ALIGN: tl.constexpr):
-    """An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread."""
     lower, upper, numerator, denominator = bilinear_tap(i, size, cells, ALIGN)
-    return lower, tl.where(size == cells, lower, upper), fraction(numerator, denominator)
+    return lower, upper, fraction(numerator, denominator)
 
 
 @device_function

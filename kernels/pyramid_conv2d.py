@@ -25,6 +25,7 @@ from .geometry import (
     level_starts,
     refuses_size,
     round_to,
+    support_start,
     tap_start,
     tiles,
 )
@@ -162,7 +163,7 @@ def _pyramid_conv2d_backward_bands_kernel(
     mask = (o < CHANNELS)[:, None] & (w < W)[None, :]
     bins, _, i, dy = _band(band, BINS, K)
     total = tl.full([BLOCK_O, BLOCK_W], 0, tl.float32)
-    start = tl.maximum(tap_start(i - 1, H_IN, bins, ALIGN), dy - PADDING)
+    start = tl.maximum(support_start(i, H_IN, bins, ALIGN), dy - PADDING)
     for source in range(start, tl.minimum(tap_start(i + 1, H_IN, bins, ALIGN), H + dy - PADDING)):
         h = source - dy + PADDING
         lower, upper, numerator, denominator = bilinear_tap(source, H_IN, bins, ALIGN)
@@ -201,7 +202,7 @@ def _pyramid_conv2d_backward_taps_kernel(
     band += i * K + dy
     end = tl.minimum(tap_start(j + 1, W_IN, bins, ALIGN), W + dx - PADDING)
     total = tl.full([BLOCK_O, BLOCK_W], 0, tl.float32)
-    for first in range(tl.maximum(tap_start(j - 1, W_IN, bins, ALIGN), dx - PADDING), end, BLOCK_W):
+    for first in range(tl.maximum(support_start(j, W_IN, bins, ALIGN), dx - PADDING), end, BLOCK_W):
         source = first + tl.arange(0, BLOCK_W)
         lower, upper, numerator, denominator = bilinear_tap(source, W_IN, bins, ALIGN)
         weight = fraction(numerator, denominator)

@@ -27,6 +27,7 @@ from .geometry import (
     fraction,
     level_of,
     level_starts,
+    next_cell,
     refuses_size,
     round_to,
     tap_start,
@@ -120,9 +121,10 @@ def _upsample_concat_forward_channels_last_kernel(
         left = (1 - h_weight) * _load_cells(pyramid_ptr, lower_row, c < R)
         left += h_weight * _load_cells(pyramid_ptr, upper_row, c < R)
         for cell in range(0, bins):
-            step = tl.minimum(cell + 1, bins - 1) * R
+            step = next_cell(cell, W, bins) * R
             right = (1 - h_weight) * _load_cells(pyramid_ptr, lower_row + step, c < R)
             right += h_weight * _load_cells(pyramid_ptr, upper_row + step, c < R)
+            left = tl.where(bins == W, right, left)
             w_end = tap_start(cell + 1, W, bins, ALIGN)
             for w_start in range(tap_start(cell, W, bins, ALIGN), w_end, BLOCK_W):
                 w = w_start + tl.arange(0, BLOCK_W)
@@ -181,9 +183,10 @@ def _upsample_concat_forward_nchw_kernel(
         bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + row, mask)
         for h_lower in range(cell, bilinear_tap(h_end - 1, H, bins, ALIGN)[0] + 1):
             top = bottom
-            row = (tl.minimum(h_lower + 1, bins - 1) * bins).to(tl.int64) * R
+            row = (next_cell(h_lower, H, bins) * bins).to(tl.int64) * R
             bottom = (1 - w_weight)[None, :] * _load_cells(pyramid_ptr, left + row, mask)
             bottom += w_weight[None, :] * _load_cells(pyramid_ptr, right + row, mask)
+            top = tl.where(bins == H, bottom, top)
             run_start = tl.maximum(tap_start(h_lower, H, bins, ALIGN), h_start)
             for h in range(run_start, tl.minimum(tap_start(h_lower + 1, H, bins, ALIGN), h_end)):
                 weight = upper_weight(h, h_lower, H, bins, ALIGN)
@@ -229,7 +232,7 @@ def _upsample_concat_backward_rows_kernel(
         for_next = tl.sum(to_upper, 1)
         received += tl.where(cell == bins - 1, for_next, 0.0)
         tl.store(rows_ptr + (row * columns + column + cell) * R + c, received, mask=c < R)
-        received = for_next
+        received = tl.where(bins == W, 0.0, for_next)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -311,7 +314,7 @@ def _upsample_concat_backward_nchw_kernel(
             share += tl.where((w_upper == j)[None, :], w_weight[None, :] * received, 0.0)
             cell_sum = round_to(tl.sum(share, 1), out_ptr.dtype.element_ty)
             tl.store(out_ptr + (image + i * bins + j) * R + c, cell_sum, mask=c < R)
-        received = for_next
+        received = tl.where(bins == H, 0.0, for_next)
 
 
 def upsample_concat_refuses(*args: Any) -> str | None:

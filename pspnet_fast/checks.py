@@ -11,6 +11,12 @@ import torch
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Up to here integers are exact in float32, and the kernels' tables of cells and of an axis' pixels stay within a gigabyte. Far
+# beyond, squares of bins and products of sizes would leave 64 bits.
+MAX_CELLS = MAX_LENGTH = 2**24
+# Of what is added to a pixel's index or to a channel's, which kernels count in 32 bits.
+MAX_OFFSET = 2**30
+
 
 def check_tensor(op: str, name: str, tensor: object, dims: str) -> None:
     """A floating-point tensor whose rank is the number of letters of `dims`, such as "NCHW"."""
@@ -46,11 +52,13 @@ def check_map_size(op: str, size: Sequence[int]) -> tuple[int, int]:
             raise TypeError(f"{op}: size must be integers, got {size!r}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{op}: size must be (H, W), both positive, got {size!r}")
+    if max(size) > MAX_LENGTH:
+        raise ValueError(f"{op}: size must be at most {MAX_LENGTH} x {MAX_LENGTH}, got {size!r}")
     return size[0], size[1]
 
 
 def check_bins(op: str, bins: Sequence[int]) -> tuple[int, ...]:
-    """Bins as a tuple: at least one, all of them positive integers."""
+    """Bins as a tuple: at least one, all of them positive integers, of at most MAX_CELLS cells together."""
     if isinstance(bins, (int, str)) or not isinstance(bins, Sequence):
         raise TypeError(f"{op}: bins must be a sequence of integers such as (1, 2, 3, 6), got {bins!r}")
     if not bins:
@@ -60,7 +68,20 @@ def check_bins(op: str, bins: Sequence[int]) -> tuple[int, ...]:
             raise TypeError(f"{op}: bins must be integers, got {bins!r}")
         if b < 1:
             raise ValueError(f"{op}: bins must be positive, got {bins!r}")
+    if sum(b * b for b in bins) > MAX_CELLS:
+        raise ValueError(f"{op}: bins must come to at most {MAX_CELLS} cells, got {bins!r}")
     return tuple(bins)
+
+
+def equals(target: torch.Tensor, value: int) -> torch.Tensor:
+    """`target == value` of integers. A value that target's dtype cannot hold is none of them: torch would wrap it."""
+    info = torch.iinfo(target.dtype)
+    return target == value if info.min <= value <= info.max else torch.zeros_like(target, dtype=torch.bool)
+
+
+def is_class(target: torch.Tensor, classes: int) -> torch.Tensor:
+    """Where an integer target is in [0, classes), in its own dtype: torch would wrap a number that it cannot hold."""
+    return (target >= 0) & (target <= min(classes - 1, torch.iinfo(target.dtype).max))
 
 
 def check_pyramid(op: str, name: str, pyramid: torch.Tensor, bins: Sequence[int]) -> None:

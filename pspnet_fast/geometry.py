@@ -39,6 +39,14 @@ def levels(pyramid: torch.Tensor, bins: Sequence[int]) -> list[torch.Tensor]:
     return [pyramid[:, start : start + b * b] for start, b in zip(level_starts(bins), bins, strict=True)]
 
 
+def next_cell(lower: int, size: int, cells: int) -> int:
+    """The upper cell of the pixels with this lower one: the next; itself at the end, and on an axis that keeps its size.
+
+    The latter has one cell a pixel, as in torch: a neighbour's NaN or Inf, times a weight of 0, would be NaN.
+    """
+    return lower if size == cells else min(lower + 1, cells - 1)
+
+
 def bilinear_tap(i: int, size: int, cells: int, align_corners: bool) -> tuple[int, int, int, int]:
     """Where pixel `i` of an axis of `size` pixels samples an axis of `cells` cells: (lower, upper, numerator, denominator).
 
@@ -50,7 +58,7 @@ def bilinear_tap(i: int, size: int, cells: int, align_corners: bool) -> tuple[in
     else:
         position, denominator = max((2 * i + 1) * cells - size, 0), 2 * size
     lower = min(position // denominator, cells - 1)
-    return lower, min(lower + 1, cells - 1), position - lower * denominator, denominator
+    return lower, next_cell(lower, size, cells), position - lower * denominator, denominator
 
 
 def channel_blocks(order: Sequence[int], channels: int, reduced: int) -> dict[int, int]:

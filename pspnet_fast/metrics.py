@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from .checks import check_same_device
+from .checks import check_same_device, equals
 
 Absent = Literal["zero", "nan", "one"]
 ABSENT: tuple[Absent, ...] = get_args(Absent)
@@ -66,7 +66,7 @@ def confusion_matrix(labels: torch.Tensor, targets: torch.Tensor, classes: int, 
             f"got {tuple(labels.shape)} and {tuple(targets.shape)}"
         )
     check_same_device("confusion_matrix", "labels", labels, "targets", targets)
-    counted = targets != ignore
+    counted = ~equals(targets, ignore)
     truth, predicted = targets[counted].long(), labels[counted].long()
     for name, values in (("targets", truth), ("labels", predicted)):
         wrong = values[(values < 0) | (values >= classes)]

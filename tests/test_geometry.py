@@ -44,6 +44,14 @@ def test_taps_are_those_of_interpolate(cells, align_corners):
         torch.testing.assert_close(ours, matrix, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_an_axis_that_keeps_its_size_has_one_cell_a_pixel(align_corners):
+    for size in SIZES:
+        for i in range(size):
+            lower, upper, numerator, _ = geometry.bilinear_tap(i, size, size, align_corners)
+            assert (lower, upper, numerator) == (i, i, 0)
+
+
 def test_packed_levels():
     assert geometry.level_starts((1, 2, 3, 6)) == [0, 1, 5, 14]
     assert geometry.cell_count((1, 2, 3, 6)) == 50

@@ -14,11 +14,8 @@ class Taps {
  public:
   Taps(int64_t size, int64_t cells, bool align_corners, Dtype dtype) {
     for (int64_t i = 0; i < size; ++i) {
-      BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
-      if (size == cells) {
-        tap.upper = tap.lower;  // as in torch: an axis that keeps its size spreads no NaN
-      }
-      if (runs_.empty() || runs_.back().lower != tap.lower || runs_.back().upper != tap.upper) {
+      const BilinearTap tap = bilinear_tap(i, size, cells, align_corners);
+      if (runs_.empty() || runs_.back().lower != tap.lower) {
         runs_.push_back({i, i, tap.lower, tap.upper});
       }
       runs_.back().end = i + 1;

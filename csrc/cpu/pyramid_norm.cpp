@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid_norm_training_cpu(
     const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
     const std::vector<double>& momentum, double eps, bool relu) {
   constexpr const char* op = "pyramid_norm_training";
-  check_training(op, y, bins, weight, bias, running_mean, running_var, momentum);
+  check_training(op, y, bins, weight, bias, running_mean, running_var, momentum, eps);
   const auto run = accumulator_dtype(y) == ScalarType::Double ? &train<double> : &train<float>;
   return run(y, bins, weight, bias, running_mean, running_var, momentum, eps, relu);
 }

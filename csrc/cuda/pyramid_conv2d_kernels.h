@@ -499,6 +499,12 @@ __global__ void __launch_bounds__(kBandWarps* kWarp, 2)
             bottom[e] += fraction * value;
           }
         }
+        if (height == bins) {  // no pixel has two cells: `bottom` is 0, or NaN like `top`
+#pragma unroll
+          for (int e = 0; e < kQuad; ++e) {
+            bottom[e] = 0;
+          }
+        }
       }
       keep(first_band + cell * k, top);
       if (++cell < bins) {

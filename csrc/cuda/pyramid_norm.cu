@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid_norm_training(
     const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
     const std::vector<double>& momentum, double eps, bool relu) {
   constexpr const char* op = "pyramid_norm_training";
-  check_training(op, y, bins, weight, bias, running_mean, running_var, momentum);
+  check_training(op, y, bins, weight, bias, running_mean, running_var, momentum, eps);
   Norm a = arguments(op, y, bins, relu);
   Tensor out = torch::stable::empty_like(y), mean = new_per_channel(y, bins), invstd = new_per_channel(y, bins);
   a.result = out.mutable_data_ptr();

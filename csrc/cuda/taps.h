@@ -33,7 +33,8 @@ __device__ __forceinline__ float upper_weight(int pixel, int lower, int size, in
 }
 
 // The pixels that a cell is part of, as a gradient's gather walks them: first those that have it for their upper cell,
-// then those that have it for their lower one. Pixels beyond the last cell's centre are in both.
+// then those that have it for their lower one. Pixels beyond the last cell's centre are in both. On an axis that keeps its
+// size a cell is its own pixel's alone.
 struct alignas(16) Support {
   int upper_begin, upper_end, lower_begin, lower_end;
 
@@ -42,6 +43,9 @@ struct alignas(16) Support {
 
 __device__ __forceinline__ Support support_of(int cell, int size, int cells, bool align_corners) {
   const int begin = tap_start(cell, size, cells, align_corners);
+  if (size == cells) {
+    return {begin, begin, begin, begin + 1};
+  }
   return {tap_start(cell - 1, size, cells, align_corners), cell == cells - 1 ? size : begin, begin,
           tap_start(cell + 1, size, cells, align_corners)};
 }

@@ -56,11 +56,6 @@ __device__ __forceinline__ float value_of(const Weights& weights, const Vector<f
          weights.at[3] * nodes.at[3];
 }
 
-// An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread.
-__device__ __forceinline__ int upper_node(int lower, int size, int cells) {
-  return size == cells || lower + 1 == cells ? lower : lower + 1;
-}
-
 // Where a cell's nodes of class 0 stand.
 template <class T>
 struct Corners {
@@ -69,8 +64,8 @@ struct Corners {
   __device__ __forceinline__ Corners(const UpsampleArgmax& a, int64_t n, int row, int column) {
     const T* const image = static_cast<const T*>(a.logits) + n * a.classes * a.rows * a.columns;
     const T* const top = image + row * a.row_stride;
-    const T* const bottom = image + upper_node(row, a.height, a.rows) * a.row_stride;
-    const int64_t left = column * a.column_stride, right = upper_node(column, a.width, a.columns) * a.column_stride;
+    const T* const bottom = image + next_cell(row, a.height, a.rows) * a.row_stride;
+    const int64_t left = column * a.column_stride, right = next_cell(column, a.width, a.columns) * a.column_stride;
     at[0] = top + left;
     at[1] = top + right;
     at[2] = bottom + left;

@@ -299,6 +299,7 @@ __global__ void __launch_bounds__(kConcatThreads, 4)
   float* const parts = reinterpret_cast<float*>(bounds + 2 * kConcatWarps);  // [splits][split_columns][kLength][kWarp]
   float* const out = a.rows + (row * concat.columns + level.first_column) * concat.reduced + c;
   const bool whole = a.splits == 1;
+  const bool apart = width != bins;  // `high` is the next cell's, else this one's: 0, or NaN like `low`
 
   const int begin = whole ? 0 : static_cast<int>(static_cast<int64_t>(width) * split / kConcatWarps);
   const int end = whole ? width : static_cast<int>(static_cast<int64_t>(width) * (split + 1) / kConcatWarps);
@@ -323,7 +324,7 @@ __global__ void __launch_bounds__(kConcatThreads, 4)
       emit(low);
 #pragma unroll
       for (int e = 0; e < kLength; ++e) {
-        low[e] = high[e];
+        low[e] = apart ? high[e] : 0;
         high[e] = 0;
       }
     }

@@ -278,6 +278,7 @@ __global__ void __launch_bounds__(kConcatThreads, 9)
 
   T* to = a.out + (row + column) * concat.total_channels + level.first_channel + c;
   Vector<float, kLength> left{}, right{};
+  const bool apart = concat.width != level.bins;  // `right` is the next cell's, else `left` again
   int cell = -2;  // neither the first cell nor the one before it
   for (int first = column; first < end; first += kWarp) {
     __syncwarp();
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(kConcatThreads, 9)
     for (int i = 0; i < count; ++i) {
       const Tap tap = taps[i];
       if (tap.lower != cell) {
-        left = tap.lower == cell + 1 ? right : blended(tap.lower);
+        left = apart && tap.lower == cell + 1 ? right : blended(tap.lower);
         right = blended(tap.upper);
         cell = tap.lower;
       }

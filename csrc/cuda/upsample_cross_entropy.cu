@@ -143,6 +143,11 @@ __global__ void __launch_bounds__(kThreads) upsample_cross_entropy_pixels_kernel
   }
 }
 
+// The first lower cell of the pixels that `cell` is part of.
+__device__ __forceinline__ int first_cell(int cell, int size, int cells) {
+  return size == cells || cell == 0 ? cell : cell - 1;
+}
+
 // The gradient of the logits, gathered.
 //
 // Grid:      (cells of a row times blocks of 64 classes, rows of cells, images)
@@ -163,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, 4) upsample_cross_entropy_gradient_k
     const T* const cells = static_cast<const T*>(a.logits) + first;
     const float class_weight = a.weight == nullptr ? 1.0f : a.weight[k];
 #pragma unroll 1
-    for (int top = max(y - 1, 0); top <= y; ++top) {
-      const int bottom = min(top + 1, h - 1);
+    for (int top = first_cell(y, a.height, h); top <= y; ++top) {
+      const int bottom = next_cell(top, a.height, h);
       const int rows_end = static_cast<int>(tap_start(top + 1, a.height, h, a.align_corners));
 #pragma unroll 1
-      for (int left = max(x - 1, 0); left <= x; ++left) {
-        const int right = min(left + 1, w - 1);
+      for (int left = first_cell(x, a.width, w); left <= x; ++left) {
+        const int right = next_cell(left, a.width, w);
         const float top_left = to_float(cells[(top * w + left) * a.cell_stride]);
         const float top_right = to_float(cells[(top * w + right) * a.cell_stride]);
         const float bottom_left = to_float(cells[(bottom * w + left) * a.cell_stride]);

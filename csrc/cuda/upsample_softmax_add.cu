@@ -36,15 +36,6 @@ struct SoftmaxWindow {
   bool align_corners, flip;
 };
 
-// An axis that keeps its size has one node a pixel, as in torch: there a neighbour's NaN is not spread.
-__device__ __forceinline__ Tap node_tap(int pixel, int size, int nodes, bool align_corners) {
-  Tap tap = tap_of<int64_t>(pixel, size, nodes, align_corners);
-  if (size == nodes) {
-    tap.upper = tap.lower;
-  }
-  return tap;
-}
-
 // A pixel's value of a class: between two nodes of the blended row in shared memory, or between four of the logits.
 template <class T, bool kShared>
 struct Pixel {
@@ -77,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, kShared ? 8 : 4) upsample_softmax_ad
   const int row = block / a.tiles, first = (block - row * a.tiles) * kThreads;
   // Threads past the end do as the last one does, and store nothing.
   const int column = min(first + thread, a.part_columns - 1), placed = a.first_column + column;
-  const Tap down = node_tap(a.first_row + row, a.height, a.rows, a.align_corners);
-  const Tap across = node_tap(a.flip ? a.width - 1 - placed : placed, a.width, a.columns, a.align_corners);
+  const Tap down = tap_of<int64_t>(a.first_row + row, a.height, a.rows, a.align_corners);
+  const Tap across = tap_of<int64_t>(a.flip ? a.width - 1 - placed : placed, a.width, a.columns, a.align_corners);
   const T* const top = static_cast<const T*>(a.logits) + down.lower * a.row_stride;
   const T* const bottom = static_cast<const T*>(a.logits) + down.upper * a.row_stride;
   Pixel<T, kShared> pixel{};

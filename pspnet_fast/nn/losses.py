@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from ..checks import equals, is_class
 from ..functional import upsample_cross_entropy
 
 
@@ -77,7 +78,7 @@ class UpsampleCrossEntropyLoss(nn.Module):
         losses = upsample_cross_entropy(
             logits, target, None, self.ignore_index, "none", 0.0, align_corners=self.align_corners
         )
-        valid = (target != self.ignore_index) & (target >= 0) & (target < logits.shape[1])
+        valid = is_class(target, logits.shape[1]) & ~equals(target, self.ignore_index)
         easy = losses <= -math.log(threshold)  # a loss that is NaN is not easy
         if least := min(self.ohem_min_kept, target.numel()):
             hardest = torch.where(valid, losses, -math.inf).flatten().topk(least, sorted=False).values

@@ -23,7 +23,15 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import run
-from ..checks import check_bins, check_pyramid, check_same_device, check_same_dtype, check_shape, check_tensor
+from ..checks import (
+    MAX_LENGTH,
+    check_bins,
+    check_pyramid,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from ..geometry import accumulation_dtype, cell_count, dense, is_channels_last, memory_format
 from ..tracing import is_transformed
 from ._define import LIBRARY, autocast, autocast_dtype, check_writable, define, plain
@@ -148,11 +156,13 @@ def _finished(y: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor |
 def _check_size(op: str, size: Sequence[int], padding: int, kernel_size: int) -> tuple[int, int]:
     if isinstance(size, (int, str)) or len(size) != 2:
         raise ValueError(f"{op}: size must be (H, W), got {size!r}")
-    if padding < 0:
-        raise ValueError(f"{op}: padding must not be negative, got {padding}")
+    if not 0 <= padding <= MAX_LENGTH:
+        raise ValueError(f"{op}: padding must not be negative and at most {MAX_LENGTH}, got {padding}")
     height, width = size
     if min(height, width) < 1 or min(height, width) + 2 * padding < kernel_size:
         raise ValueError(f"{op}: size must be at least 1 x 1 and, padded, hold the kernel, got {tuple(size)}")
+    if max(height, width) > MAX_LENGTH:
+        raise ValueError(f"{op}: size must be at most {MAX_LENGTH} x {MAX_LENGTH}, got {tuple(size)}")
     return height, width
 
 

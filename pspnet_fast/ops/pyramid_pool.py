@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from ..backends import run
-from ..checks import check_bins, check_features
+from ..checks import MAX_OFFSET, check_bins, check_features
 from ..geometry import bin_end, bin_start, cell_count, dense, is_channels_last, memory_format
 from ..tracing import is_transformed
 from ._define import LIBRARY, define, plain
@@ -59,17 +59,17 @@ def pyramid_pool(
 
     Raises:
         ValueError: x is not 4-D or has an empty axis other than N, bins is empty or has a number below 1, reserve is
-            negative, or both reserve and return_input are asked for.
+            negative or beyond 2^30, or both reserve and return_input are asked for.
         TypeError: x is not a floating-point tensor, or bins are not integers.
     """
     bins = check_bins("pyramid_pool", bins)
     check_features("pyramid_pool", x)
     if reserve is not None:
         before, after = reserve
-        if return_input or min(before, after) < 0:
+        if return_input or min(before, after) < 0 or max(before, after) > MAX_OFFSET:
             raise ValueError(
                 "pyramid_pool: reserve must be two numbers of channels, without return_input, "
-                f"got {reserve} and return_input={return_input}"
+                f"each from 0 to {MAX_OFFSET}, got {reserve} and return_input={return_input}"
             )
         if is_transformed():
             widths = before, after

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..backends import run
-from ..checks import check_same_device, check_shape, check_tensor
+from ..checks import check_same_device, check_shape, check_tensor, equals, is_class
 from ..geometry import accumulation_dtype, dense, is_channels_last, memory_format
 from ..tracing import is_batched, is_traced, is_transformed
 from ._define import LIBRARY, define, plain, plain_gradient
@@ -70,7 +70,8 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError: a rank, size or batch that does not fit, an option out of range, targets that are no class.
-        TypeError: logits or weights that are not floating point, a target that is neither int64 nor uint8.
+        TypeError: logits or weights that are not floating point, a target that is neither int64 nor uint8, an
+            ignore_index that is no integer.
     """
     check_tensor(OP, "logits", logits, "NKhw")
     if 0 in logits.shape[1:]:
@@ -91,6 +92,10 @@ def upsample_cross_entropy(
         raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{OP}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{OP}: ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{OP}: ignore_index must fit into int64, got {ignore_index}")
     options = ignore_index, float(label_smoothing), align_corners
     check = logits.device.type == "cpu" if check_targets is None else check_targets
     transformed = is_transformed()
@@ -134,10 +139,7 @@ def _has_values(target: torch.Tensor) -> bool:
 
 def _check_classes(target: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Looks at the values: on a GPU this waits for them."""
-    outside = target >= classes
-    if target.dtype != torch.uint8:
-        outside |= target < 0
-    outside &= target != ignore_index
+    outside = ~(is_class(target, classes) | equals(target, ignore_index))
     if outside.any():
         wrong = target[outside]
         raise ValueError(

@@ -10,12 +10,13 @@ outside of the total is left out. Not differentiable.    Must move: |logits| rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from ..backends import run
-from ..checks import check_logits, check_map_size, check_same_device
+from ..checks import MAX_OFFSET, check_logits, check_map_size, check_same_device
 from ..geometry import dense
 from ..tracing import is_transformed
 from ._define import check_writable, define, plain
@@ -45,14 +46,14 @@ def upsample_softmax_add(
         size: (H, W) of a window in the total.
         align_corners: as in `torch.nn.functional.interpolate`.
         flip: whether the windows' columns are mirrored, after the softmax.
-        weight: what every probability is multiplied by.
+        weight: what every probability is multiplied by, a finite number of either sign.
 
     Returns:
         total.
 
     Raises:
         ValueError: a rank, a size or a number of corners or classes that does not fit, a total that is not contiguous or
-            shares memory with the logits, or tensors on two devices.
+            shares memory with the logits, tensors on two devices, a corner more than 2^30 away, a weight that is not finite.
         RuntimeError: a total that PyTorch would not write to: a leaf that requires grad.
         TypeError: a total that is not float32, logits that are not floating point, corners or a size that are not integers.
     """
@@ -68,6 +69,8 @@ def upsample_softmax_add(
     check_same_device(op, "total", total, "logits", logits)
     check_writable(op, "total", total, read=[("logits", logits)])
     pairs = _pairs(op, corners, logits.shape[0])
+    if not math.isfinite(weight):
+        raise ValueError(f"{op}: weight must be finite, got {weight}")
     options = pairs, [height, width], align_corners, flip, weight
     if is_transformed():
         with torch.no_grad():
@@ -87,6 +90,8 @@ def _pairs(op: str, corners: Sequence[Sequence[int]] | torch.Tensor, windows: in
     flat = [value for pair in corners for value in pair]
     if any(isinstance(value, bool) or not isinstance(value, int) for value in flat):
         raise TypeError(f"{op}: corners must be integers, got {corners!r}")
+    if any(abs(value) > MAX_OFFSET for value in flat):
+        raise ValueError(f"{op}: corners must lie within {MAX_OFFSET} of the total's, got {corners!r}")
     return flat
 
 

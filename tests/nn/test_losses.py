@@ -74,6 +74,20 @@ def test_mining_keeps_a_loss_that_is_nan():
     assert UpsampleCrossEntropyLoss(ohem_threshold=0.1, ohem_min_kept=1)(logits, target).isnan()
 
 
+@pytest.mark.parametrize("classes", [5, 256, 300])
+@pytest.mark.parametrize("ignore_index", [-256, -1, 0, 3, 255, 256, 300])
+def test_mining_counts_the_same_pixels_of_bytes(classes, ignore_index):
+    """Torch wraps an ignore_index, or a number of classes, that bytes cannot hold: 256 would be class 0."""
+    logits, target = 2 * torch.randn(2, classes, 2, 3), torch.randint(0, min(classes, 256), (2, 9, 10))
+    if 0 <= ignore_index < 256:
+        target[:, 4:6] = ignore_index
+    target[0, 0, :4] = torch.tensor([0, 1, 2, min(classes, 256) - 1])
+    for least in (0, 50, 10**6):
+        loss = UpsampleCrossEntropyLoss(ignore_index=ignore_index, ohem_threshold=0.3, ohem_min_kept=least)
+        assert torch.equal(loss(logits, target.byte()), loss(logits, target))
+        assert torch.equal(loss._hard_pixels(logits, target.byte(), 0.3), loss._hard_pixels(logits, target, 0.3))
+
+
 def test_it_trains_a_network():
     net = pspnet_fast.PSPNet(layers=18, classes=3, criterion=UpsampleCrossEntropyLoss(), pretrained=False).train()
     output = net(torch.randn(2, 3, 33, 33), torch.randint(0, 3, (2, 33, 33)))

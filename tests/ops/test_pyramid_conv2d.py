@@ -216,6 +216,30 @@ def test_nan_stays_in_its_cell(backend, align_corners, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_a_neighbours_nan_is_not_spread_where_the_size_stays(backend, k, align_corners, memory_format):
+    """Of a level as large as the map: NaN in a cell, and in a pixel of the gradient, reach as far as plain PyTorch's."""
+    pyramid, weight = torch.randn(1, 9, 2), torch.randn(5, 2, k, k)
+    pyramid[0, 5, 1] = torch.nan
+    grad = torch.randn(1, 5, 3, 3).contiguous(memory_format=memory_format)
+    grad[0, 3, 1, 2] = torch.nan
+    results = []
+    for function in (pyramid_conv2d, testing.plain_pyramid_conv2d):
+        ours = function is pyramid_conv2d
+        there = testing.device(backend) if ours else "cpu"
+        with testing.use_backend(backend if ours else None):
+            leaf = pyramid.to(there).requires_grad_()
+            options = {"memory_format": memory_format} if ours else {}
+            out = function(leaf, weight.to(there), (3, 3), (3,), k // 2, align_corners, **options)
+            results.append([t.isnan().cpu() for t in (out, *torch.autograd.grad(out, leaf, grad.to(there)))])
+    for mine, theirs in zip(*results, strict=True):
+        assert theirs.any()
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_repeats_bitwise(backend, memory_format):
     case = (1, 3, 20, (4, 5), (1, 2), 3, 1)
@@ -293,7 +317,9 @@ P, W = torch.zeros(1, 5, 3), torch.zeros(4, 6, 3, 3)
         (P, W, {"size": (5,)}, ValueError, r"size must be \(H, W\)"),
         (P, W, {"size": (0, 5)}, ValueError, "at least 1 x 1"),
         (P, W, {"size": (2, 5), "padding": 0}, ValueError, "hold the kernel"),
-        (P, W, {"padding": -1}, ValueError, "padding must not be negative, got -1"),
+        (P, W, {"padding": -1}, ValueError, "padding must not be negative and at most 16777216, got -1"),
+        (P, W, {"padding": 2**62}, ValueError, "padding must not be negative and at most 16777216"),
+        (P, W, {"size": (5, 2**62)}, ValueError, "size must be at most 16777216 x 16777216"),
         (P, W, {"out": torch.zeros(1, 4, 5, 5)}, ValueError, r"out must be .* = \(1, 4, 5, 6\)"),
         (P, W, {"out": torch.zeros(1, 4, 5, 12)[..., ::2]}, ValueError, "dense"),
         (P, W, {"out": torch.zeros(1, 4, 5, 6).half()}, TypeError, "one dtype"),

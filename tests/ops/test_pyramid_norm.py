@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,6 +266,20 @@ def test_opcheck():
     torch.library.opcheck(backward, (grad, y, out, mean, invstd, [*weight], bins, True))
 
 
+STATISTICS = {"running_mean": [torch.zeros(3)] * 2, "running_var": [torch.ones(3)] * 2}
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_eps_0_at_evaluation(backend):
+    """As torch takes it."""
+    y, statistics = torch.randn(2, 5, 3), [torch.zeros(2, 3), torch.rand(2, 3) + 1]
+    with testing.use_backend(backend):
+        there = [t.to(testing.device(backend)) for t in (y, *statistics)]
+        ours = pyramid_norm(there[0], (1, 2), there[1], there[2], eps=0, relu=False).cpu()
+    exact = (y.double() / torch.repeat_interleave(statistics[1].double(), torch.tensor([1, 4]), 0).sqrt()).float()
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("y", "options", "error", "words"),
     [
@@ -279,6 +295,23 @@ def test_opcheck():
             "weight must hold one tensor for each of the 2",
         ),
         (torch.zeros(2, 5, 3), {"bias": [torch.zeros(4)] * 2}, ValueError, r"bias\[0\] must be \(R,\) = \(3,\)"),
+        (
+            torch.zeros(2, 5, 3),
+            {"eps": -1e-5, **STATISTICS},
+            ValueError,
+            "eps must be positive, or 0 at evaluation, got -1e-05",
+        ),
+        (torch.zeros(2, 5, 3), {"eps": math.nan, **STATISTICS}, ValueError, "eps must be positive"),
+        (torch.zeros(2, 5, 3), {"eps": 0, "training": True}, ValueError, "eps must be positive"),
+        (torch.zeros(2, 5, 3), {"eps": math.nan, "training": True}, ValueError, "eps must be positive"),
+        (
+            torch.zeros(2, 5, 3),
+            {"momentum": math.nan, "training": True},
+            ValueError,
+            r"momentum must be in \[0, 1\], got nan",
+        ),
+        (torch.zeros(2, 5, 3), {"momentum": [0.1, 1.5], "training": True}, ValueError, r"momentum must be in \[0, 1\]"),
+        (torch.zeros(2, 5, 3), {"momentum": -0.1, "training": True}, ValueError, "momentum must be in"),
         (torch.zeros(2, 5, 3), {"momentum": [0.1]}, ValueError, "momentum must be one number or one for each of the 2"),
     ],
 )

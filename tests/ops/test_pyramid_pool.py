@@ -138,7 +138,7 @@ def test_reserve_alone(backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
-@pytest.mark.parametrize(("channels", "first_channel"), [(5, 3), (2, 0), (3, -1)])
+@pytest.mark.parametrize(("channels", "first_channel"), [(5, 3), (2, 0), (3, -1), (3, 2**63 - 1), (2**62, 0)])
 def test_concat_checks_its_channels(backend, channels, first_channel):
     """What the public function cannot ask for: x's channels outside the result's."""
     if reason := testing.unavailable(OP, backend):
@@ -353,6 +353,11 @@ def test_opcheck(memory_format):
         (torch.zeros(1, 3, 4, 4), (), ValueError, "bins must not be empty"),
         (torch.zeros(1, 3, 4, 4), (1, 0), ValueError, r"bins must be positive, got \(1, 0\)"),
         (torch.zeros(1, 3, 4, 4), (1, 2.5), TypeError, r"bins must be integers, got \(1, 2.5\)"),
+        (torch.zeros(1, 3, 4, 4), (4097,), ValueError, r"at most 16777216 cells, got \(4097,\)"),
+        (torch.zeros(1, 3, 4, 4), (1, 4096), ValueError, "at most 16777216 cells"),
+        (torch.zeros(1, 3, 4, 4), [2**32], ValueError, "at most 16777216 cells"),  # whose square is 0 in 64 bits
+        (torch.zeros(1, 3, 4, 4), [1, 2**32], ValueError, "at most 16777216 cells"),
+        (torch.zeros(1, 3, 4, 4), [2**100], ValueError, "at most 16777216 cells"),
         (torch.zeros(1, 3, 4, 4), 6, TypeError, "sequence of integers"),
         ([[1.0]], (1,), TypeError, "x must be a tensor, got list"),
     ],
@@ -363,7 +368,9 @@ def test_bad_input(x, bins, error, words):
 
 
 @pytest.mark.parametrize(
-    ("reserve", "return_input"), [((-1, 2), False), ((0, -3), False), ((1, 1), True)], ids=["before", "after", "both"]
+    ("reserve", "return_input"),
+    [((-1, 2), False), ((0, -3), False), ((1, 1), True), ((2**62, 2**62), False)],
+    ids=["before", "after", "both", "beyond"],
 )
 def test_bad_reserve(reserve, return_input):
     with pytest.raises(

@@ -240,6 +240,35 @@ def test_nan_and_inf_stay_in_their_cells(backend, align_corners, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+@pytest.mark.parametrize(("backend", "size"), testing.backends_and([(3, 3), (3, 7), (8, 3), (3, 24)], OP, interpret=3))
+def test_a_neighbours_nan_is_not_spread_where_a_size_stays(backend, size, align_corners, memory_format):
+    """A cell of three by three, and a pixel of its gradient: NaN where plain PyTorch's is, along the other axis."""
+    x, pyramid = inputs((1, 4, *size), 20, (3,), memory_format=memory_format)
+    pyramid[0, 4, 3] = torch.nan
+    grad = torch.randn(1, 24, *size).contiguous(memory_format=memory_format)
+    grad[0, 7, 1, 1] = torch.nan
+    results = []
+    for function in (upsample_concat, testing.plain_upsample_concat):
+        there = testing.device(backend) if function is upsample_concat else "cpu"
+        with testing.use_backend(backend if function is upsample_concat else None):
+            leaf = pyramid.to(there).requires_grad_()
+            out = function(x.to(there), leaf, (3,), align_corners)
+            results.append([t.isnan().cpu() for t in (out, *torch.autograd.grad(out, leaf, grad.to(there)))])
+    (ours, our_grad), (plain, plain_grad) = results
+    kept = [0 if size[0] == 3 else slice(None), 0 if size[1] == 3 else slice(None)]
+    assert ours.any()
+    assert our_grad.any()
+    if size == (3, 3):
+        assert torch.equal(ours, plain)
+        assert torch.equal(our_grad, plain_grad)
+    # Rows or columns beside the cell's, on the axis that stays, hold no NaN.
+    assert not ours[..., kept[0], kept[1]].any()
+    of_cells = our_grad.unflatten(1, (3, 3))
+    assert not of_cells[:, kept[0], kept[1]].any()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_repeats_bitwise(backend, memory_format):
     there = testing.device(backend)

@@ -117,6 +117,79 @@ def test_all_ignored(backend, reduction):
     assert (grad == 0).all()
 
 
+KEPT_SIZES = [
+    (3, 4),
+    (3, 9),
+    (7, 4),
+    (3, 2),
+]  # of 3 x 4 cells: both, the rows, the columns; the rows, the columns fewer
+
+
+@pytest.mark.parametrize(("reduction", "align_corners"), [("mean", True), ("none", False)])
+@pytest.mark.parametrize(("backend", "at"), testing.backends_and(KEPT_SIZES, OP, interpret=3))
+def test_ignored_pixels_are_not_read_where_a_size_stays(backend, at, align_corners, reduction):
+    """The row, column or pixel of a cell that is not finite is ignored: loss and gradient are those of any finite cell."""
+    for memory_format in FORMATS:
+        logits, target, _ = inputs((2, 9, 3, 4), at, False, memory_format=memory_format)
+        target[:, :, :2] = target[:, :, :2].clamp(max=8)  # some pixels of every row and column count
+        target[:, 1 if at[0] == 3 else slice(None), 2 if at[1] == 4 else slice(None)] = 255
+        assert (target != 255).any()
+        bad = logits.clone(memory_format=torch.preserve_format)
+        bad[0, 4, 1, 2], bad[0, 5, 1, 2], bad[1, :, 1, 2] = math.inf, -math.inf, math.nan
+        results = []
+        for values in (logits, bad):
+            leaf = values.to(testing.device(backend)).requires_grad_()
+            with testing.use_backend(backend), testing.poisoned_memory():
+                there = target.to(leaf.device)
+                loss = upsample_cross_entropy(leaf, there, reduction=reduction, align_corners=align_corners)
+                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+        for finite, mine in zip(*results, strict=True):
+            assert finite.isfinite().all()
+            assert torch.equal(mine, finite)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_one_pixels_loss_stays_in_its_cell_where_the_size_stays(backend):
+    """A NaN that counts spoils its own pixel's loss, and its own cell's gradient."""
+    logits = torch.randn(1, 5, 3, 4)
+    logits[0, 2, 1, 2] = torch.nan
+    target = torch.randint(0, 5, (1, 3, 4))
+    leaf = logits.to(testing.device(backend)).requires_grad_()
+    with testing.use_backend(backend):
+        losses = upsample_cross_entropy(leaf, target.to(leaf.device), reduction="none")
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    only = torch.zeros(3, 4, dtype=torch.bool)
+    only[1, 2] = True
+    assert torch.equal(losses[0].isnan().cpu(), only)
+    assert torch.equal(grad[0].isnan().any(0).cpu(), only)
+
+
+BYTES = [(5, 256), (5, -256), *((k, i) for k in (5, 255, 256, 300) for i in (-100, -1, 0, 3, 255, 256, 300, 2**40))]
+
+
+@pytest.mark.parametrize(("backend", "case"), testing.backends_and(BYTES, OP, interpret=2))
+def test_bytes_and_an_ignore_index_that_they_cannot_hold(backend, case):
+    """Torch wraps 256 to 0 where it compares bytes; here every dtype of the target means the same."""
+    classes, ignore_index = case
+    logits = torch.randn(1, classes, 2, 3, device=testing.device(backend))
+    target = torch.randint(0, min(classes, 256), (1, 4, 6), device=logits.device)
+    target[0, 0, :3] = torch.tensor([0, 1, min(classes, 256) - 1])
+    if 0 <= ignore_index < 256:
+        target[0, 1] = ignore_index
+    with testing.use_backend(backend):
+        for reduction in ("mean", "none"):
+            of_long, of_bytes = (
+                upsample_cross_entropy(logits, t, None, ignore_index, reduction, check_targets=True)
+                for t in (target, target.byte())
+            )
+            assert torch.equal(of_long, of_bytes)
+        if classes < 255 and ignore_index != 255:
+            target[0, 2, 2] = 255
+            for wrong in (target, target.byte()):
+                with pytest.raises(ValueError, match="got 255; 1 such"):
+                    upsample_cross_entropy(logits, wrong, None, ignore_index, check_targets=True)
+
+
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_no_images(backend):
     logits = torch.zeros(0, 3, 2, 2, device=testing.device(backend), requires_grad=True)
@@ -317,6 +390,13 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 6, dtype=torch.int64
         (LOGITS, TARGET, {"weight": torch.ones(3).int()}, TypeError, "weight must be one of"),
         (LOGITS, TARGET, {"pixel_weight": torch.ones(2, 6, 5)}, ValueError, r"pixel_weight must be \(N, H, W\)"),
         (LOGITS, TARGET, {"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        (LOGITS, TARGET.to(torch.int8), {}, TypeError, "target must be int64 or uint8, got int8"),
+        (LOGITS, TARGET.to(torch.int16), {}, TypeError, "target must be int64 or uint8, got int16"),
+        (LOGITS, TARGET.to(torch.int32), {}, TypeError, "target must be int64 or uint8, got int32"),
+        (LOGITS, TARGET.bool(), {}, TypeError, "target must be int64 or uint8, got bool"),
+        (LOGITS, TARGET, {"ignore_index": 2.5}, TypeError, "ignore_index must be an integer, got 2.5"),
+        (LOGITS, TARGET, {"ignore_index": True}, TypeError, "ignore_index must be an integer"),
+        (LOGITS, TARGET, {"ignore_index": 2**63}, ValueError, "ignore_index must fit into int64"),
         (LOGITS, TARGET, {"label_smoothing": math.nan}, ValueError, "label_smoothing"),
         (LOGITS, TARGET, {"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none, got 'max'"),
     ],

@@ -126,6 +126,27 @@ def test_a_neighbours_nan_is_not_spread_where_a_size_stays(backend, size):
     assert torch.equal(ours.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_corners_as_far_as_they_may_be(backend):
+    """They add nothing, and no sum of theirs leaves its integers."""
+    total, logits = torch.rand(3, 5, 6), torch.randn(4, 3, 2, 2)
+    far = 2**30
+    assert torch.equal(run(backend, total, logits, ((far, far), (-far, 0), (0, -far), (-far, far)), (4, 4)), total)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite(weight):
+    with pytest.raises(ValueError, match="^upsample_softmax_add: weight must be finite"):
+        upsample_softmax_add(torch.zeros(3, 4, 4), torch.zeros(1, 3, 2, 2), ((0, 0),), (4, 4), weight=weight)
+
+
+@pytest.mark.parametrize("backend", testing.backends(OP))
+def test_a_negative_weight_takes_away(backend):
+    total, logits = torch.rand(3, 5, 6), torch.randn(1, 3, 2, 2)
+    added = run(backend, total, logits, ((0, 1),), (4, 4))
+    torch.testing.assert_close(run(backend, added, logits, ((0, 1),), (4, 4), weight=-1.0), total)
+
+
 def test_any_order():
     logits, total = torch.randn(3, 13, 3, 5), torch.rand(13, 12, 150)
     wide = torch.randn(3, 150, 2, 90)
@@ -171,6 +192,9 @@ def test_opcheck():
         (torch.zeros(3, 4, 4), ((0, 0.5),), (4, 4), TypeError, "corners must be integers"),
         (torch.zeros(3, 4, 4), torch.zeros(1, 2), (4, 4), TypeError, "integers on the CPU, got torch.float32"),
         (torch.zeros(3, 4, 4), ((0, 0),), (4, 0), ValueError, "both positive"),
+        (torch.zeros(3, 4, 4), ((0, 0),), (4, 2**40), ValueError, "size must be at most 16777216 x 16777216"),
+        (torch.zeros(3, 4, 4), ((2**30 + 1, 0),), (4, 4), ValueError, "corners must lie within 1073741824"),
+        (torch.zeros(3, 4, 4), ((0, -(2**63)),), (4, 4), ValueError, "corners must lie within 1073741824"),
     ],
 )
 def test_bad_input(total, corners, size, error, words):
