@@ -1,0 +1,44 @@
+"""Whether calling a module would do anything else than its class's forward: asked wherever a module is read, not called."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_CALL = nn.Module.__call__
+_FORWARDS: dict[type, object] = {
+    kind: kind.forward
+    for kind in (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential)
+}
+
+
+def why_call(module: nn.Module) -> str | None:
+    """Why a module must be called, not computed from what it holds: a phrase that ends "the module ...", or None.
+
+    Its class is for the caller to look at. This is what may have been done to one instance (hooks, a forward of its own,
+    as those who offload weights put there, `compile()`) or to all modules (hooks for all, methods replaced in a class). It
+    may be done at any time, so nothing of the answer is kept.
+    """
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has hooks"
+    # A convolution's forward is one line that calls `_conv_forward`, which is what people replace.
+    if "forward" in own or "_conv_forward" in own:
+        return "has a forward of its own"
+    if own.get("_compiled_call_impl") is not None:
+        return "is compiled by itself"
+    if _has_any_global_hook():
+        return "would call the hooks that are registered for all modules"
+    kind = type(module)
+    if kind.__call__ is not _CALL or kind.forward is not _FORWARDS.get(kind, kind.forward):
+        return "is of a class whose methods were replaced"
+    return None
+
+
+def tell(log: logging.Logger, message: str, *arguments: object) -> None:
+    """A line of debugging; none while torch.compile traces, which takes no logging into a graph."""
+    if not torch.compiler.is_compiling():
+        log.debug(message, *arguments)
