@@ -120,6 +120,18 @@ def containers(module: nn.Module) -> Iterator[type]:
             yield from containers(child)
 
 
+def stranger(module: nn.Module, known: tuple[type, ...]) -> type | None:
+    """The first of `containers` that is none of the known ones. Asked at every forward, so it must be cheap."""
+    for child in module._modules.values():
+        if child is not None and child._modules and not isinstance(child, nn.Conv2d):
+            kind = type(child)
+            if kind not in known and getattr(kind, "original", kind) not in known:
+                return kind
+            if found := stranger(child, known):
+                return found
+    return None
+
+
 def pyramid_of(levels: Iterable[Sequence[nn.Module]], after: Iterable[nn.Module] = ()) -> Pyramid:
     """The pyramid of the layers of its levels.
 

@@ -23,7 +23,7 @@ from ..nn.levels import reduce_levels
 from ..nn.plain_ppm import upsampled
 from ..nn.ppm import ppm
 from ..nn.psp_head import beyond_the_factorised_form, bottleneck
-from .family import Family, FamilyError, Head, Layout, Pyramid, containers, leaves
+from .family import Family, FamilyError, Head, Layout, Pyramid, containers, leaves, stranger
 
 _LOG = logging.getLogger(__name__)
 
@@ -270,8 +270,5 @@ def _passing_of(head: nn.Module) -> _Passing | str:
 
 def _strange(module: nn.Module, plan: Plan) -> str | None:
     """What an accelerated module holds that its forward was not tried with."""
-    if plan.through is not None:
-        for kind in containers(module):
-            if kind not in plan.through:
-                return f"holds a {kind.__name__}, which it did not when it was tried"
-    return None
+    kind = None if plan.through is None else stranger(module, plan.through)
+    return None if kind is None else f"holds a {kind.__name__}, which it did not when it was tried"

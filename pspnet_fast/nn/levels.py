@@ -13,12 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import pyramid_norm, pyramid_project
 from ..geometry import accumulation_dtype, cell_count, level_starts
-from .calls import tell, why_call
+from .calls import held, tell, weight_of, why_call
 from .sync_batch_norm import SyncBatchNorm
 
 _LOG = logging.getLogger(__name__)
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+_CONVOLUTIONS, _NORMS_OR_NONE, _RELU_OR_NONE = (nn.Conv2d,), (*NORMS, type(None)), (nn.ReLU, type(None))
 
 
 class Level(NamedTuple):
@@ -48,7 +49,12 @@ def leaves_of(module: nn.Module, through: tuple[type, ...] | None = None) -> lis
         return f"holds a {name} that {reason}"
     found = []
     for child in module._modules.values():
-        below = [] if child is None else leaves_of(child, through)
+        if child is None:
+            continue
+        if not child._modules or isinstance(child, nn.Conv2d):
+            found.append(child)
+            continue
+        below = leaves_of(child, through)
         if isinstance(below, str):
             return below
         found += below
@@ -85,7 +91,7 @@ def read_level(layers: Sequence[nn.Module]) -> tuple[int, Level] | str:
 
 def is_whole(norm: nn.Module) -> bool:
     """Whether a norm has a weight and a bias, or neither, as its `affine` says; either can be taken away."""
-    return bool(norm.affine) == (norm.weight is not None) == (norm.bias is not None)
+    return bool(norm.affine) == (held(norm, "weight") is not None) == (held(norm, "bias") is not None)
 
 
 def autocasts(device: str) -> bool:
@@ -95,22 +101,19 @@ def autocasts(device: str) -> bool:
 
 def beyond_the_kernels(level: Level) -> str | None:
     """Why the kernels do not compute a level, so that its modules do, or None."""
-    for module, kinds in zip(level, ((nn.Conv2d,), NORMS, (nn.ReLU,)), strict=True):
-        if module is None:
-            continue
+    for module, kinds in zip(level, (_CONVOLUTIONS, _NORMS_OR_NONE, _RELU_OR_NONE), strict=True):
         if type(module) not in kinds:
             return f"{type(module).__name__} is not what they compute"
-        if reason := why_call(module):
+        if module is not None and (reason := why_call(module)):
             return f"{type(module).__name__} {reason}"
-    conv = cast(nn.Conv2d, level.convolution)
-    if conv.weight.shape[2:] != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+    conv, norm = cast(nn.Conv2d, level.convolution), level.norm
+    if weight_of(conv).shape[2:] != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
         return "the convolution is not 1x1, or has a stride, padding or groups"
-    norm = cast("_BatchNorm | None", level.norm)
     if norm is None:
         return None
     if not is_whole(norm):
         return "the norm has a weight or a bias, and not both"
-    if conv.bias is not None and _by_batch(norm):
+    if held(conv, "bias") is not None and _by_batch(norm):
         return "the convolution has a bias, and the norm takes the batch's statistics"
     return None
 
@@ -138,7 +141,7 @@ def _kind(level: Level, k: int) -> Kind:
     if reason := beyond_the_kernels(level):
         tell(_LOG, "level %d: convolution, norm and activation run on the modules: %s", k, reason)
         return Kind("modules", None, k)
-    channels = cast(torch.Tensor, level.convolution.weight).shape[0]
+    channels = weight_of(level.convolution).shape[0]
     if level.norm is not None and _by_batch(level.norm):
         norm = cast(_BatchNorm, level.norm)
         synchronised = isinstance(norm, nn.SyncBatchNorm)
@@ -174,10 +177,10 @@ def reduce_levels(
         cells = pyramid if last - first == len(levels) else pyramid[:, starts[first] : starts[last]]
         parts.append((bins[first:last], _of_one_kind(kinds[first].by, cells, bins[first:last], levels[first:last])))
         first = last
+    if len(parts) == 1 and kinds[0].by != "modules":
+        return parts[0][1]
     if all(_is_pooled(part, of_bins, pyramid.dtype) for of_bins, part in parts):
         packed = [part if part.dim() == 3 else part.flatten(2).transpose(1, 2) for _, part in parts]
-        if len(packed) == 1:
-            return packed[0]
         if all(part.shape[2] == packed[0].shape[2] for part in packed):
             return torch.cat(packed, 1)
     return [each for of_bins, part in parts for each in _maps(part, of_bins)]
@@ -207,11 +210,11 @@ def _of_one_kind(by: str, pyramid: torch.Tensor, bins: Sequence[int], levels: Se
 
 def _by_batch(norm: nn.Module) -> bool:
     """Whether the norm takes the batch's statistics."""
-    return norm.training or getattr(norm, "running_mean", None) is None
+    return norm.training or held(norm, "running_mean") is None
 
 
 def _weights(levels: Sequence[Level]) -> list[torch.Tensor]:
-    return [cast(torch.Tensor, level.convolution.weight).flatten(1) for level in levels]
+    return [weight_of(level.convolution).flatten(1) for level in levels]
 
 
 def _by_modules(pyramid: torch.Tensor, cells: int, level: Level) -> torch.Tensor:
@@ -233,7 +236,7 @@ def _by_projection(pyramid: torch.Tensor, bins: Sequence[int], levels: Sequence[
 def _folded(levels: Sequence[Level], dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Factors and summands (B, R); None where no level has any."""
     norms = [cast("_BatchNorm | None", level.norm) for level in levels]
-    biases = [cast("torch.Tensor | None", level.convolution.bias) for level in levels]
+    biases = [held(level.convolution, "bias") for level in levels]
     scale = shift = None
     if present := [norm for norm in norms if norm is not None]:
         scale, shift = _of_norms(present, dtype)
@@ -250,15 +253,19 @@ def _folded(levels: Sequence[Level], dtype: torch.dtype) -> tuple[torch.Tensor |
 
 
 def _of_norms(norms: Sequence[_BatchNorm], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = torch.stack([cast(torch.Tensor, norm.running_mean) for norm in norms]).to(dtype)
-    var = torch.stack([cast(torch.Tensor, norm.running_var) for norm in norms]).to(dtype)
+    mean, var = (_stacked(norms, name).to(dtype) for name in ("running_mean", "running_var"))
     same = len({norm.eps for norm in norms}) == 1
     scale = torch.rsqrt(var + (norms[0].eps if same else var.new_tensor([[norm.eps] for norm in norms])))
     if not any(norm.affine for norm in norms):
         return scale, -mean * scale
-    ones, zeros = torch.ones_like(mean[0]), torch.zeros_like(mean[0])
-    scale = scale * torch.stack([norm.weight if norm.affine else ones for norm in norms])
-    return scale, torch.stack([norm.bias if norm.affine else zeros for norm in norms]) - mean * scale
+    scale = scale * _stacked(norms, "weight", torch.ones_like(mean[0]))
+    return scale, _stacked(norms, "bias", torch.zeros_like(mean[0])) - mean * scale
+
+
+def _stacked(norms: Sequence[_BatchNorm], name: str, instead: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor of every norm; what stands `instead` for a norm that has none."""
+    found = [held(norm, name) for norm in norms]
+    return torch.stack([cast(torch.Tensor, instead if each is None else each) for each in found])
 
 
 def _by_batch_statistics(pyramid: torch.Tensor, bins: Sequence[int], levels: Sequence[Level]) -> torch.Tensor:

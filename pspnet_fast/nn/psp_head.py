@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
-from .calls import tell, why_call
+from .calls import held, tell, weight_of, why_call
 from .conv2d import conv2d
-from .levels import NORMS, Level, is_whole, reduce_levels
+from .levels import NORMS, Level, reduce_levels
 from .ppm import PPM, concatenation, order_of
 
 _LOG = logging.getLogger(__name__)
@@ -139,11 +139,11 @@ def bottleneck(
         layers: a convolution of which `beyond_the_factorised_form` says None, and what follows it.
         x_last: whether x stands after the levels in the concatenation, not before them.
     """
-    conv, rest = cast(nn.Conv2d, layers[0]), [*layers[1:]]
+    conv, rest = cast(nn.Conv2d, layers[0]), layers[1:]
     pyramid, x = pyramid_pool(x, bins, return_input=True)
     reduced = reduce_levels(pyramid, bins, levels)
     padding = cast("tuple[int, int]", conv.padding)[0]
-    weight = conv.weight
+    weight = weight_of(conv)
     if not isinstance(reduced, torch.Tensor):
         x = concatenation(x, reduced, bins, align_corners, order_of(len(bins), x_last))
         return _through(rest, conv2d(x, weight, padding))
@@ -176,8 +176,8 @@ def beyond_the_factorised_form(conv: nn.Module) -> str | None:
         return f"it is {type(conv).__name__}"
     if reason := why_call(conv):
         return f"it {reason}"
-    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-    square = conv.weight.shape[2:] in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
+    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and held(conv, "bias") is None
+    square = weight_of(conv).shape[2:] in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
     if not plain or not square or conv.padding_mode != "zeros":
         return "it has a bias, a stride, a dilation, groups or another window"
     return None
@@ -201,15 +201,16 @@ def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bo
     """Whether norm and activation are a factor, a summand and a ReLU, and nobody asks for gradients."""
     if type(norm) not in NORMS or type(activation) is not nn.ReLU:
         return False
-    if norm.training or norm.running_mean is None or not is_whole(norm) or why_call(norm) or why_call(activation):
+    if norm.training or held(norm, "running_mean") is None or why_call(norm) or why_call(activation):
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *norm.parameters())))
 
 
 def _folded(norm: _BatchNorm, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = accumulation_dtype(y.dtype)
-    scale = torch.rsqrt(cast(torch.Tensor, norm.running_var).to(wide) + norm.eps)
-    if norm.affine:
-        scale = scale * norm.weight
-    shift = -cast(torch.Tensor, norm.running_mean).to(wide) * scale
-    return scale, shift + norm.bias if norm.affine else shift
+    mean, var, weight, bias = (held(norm, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    scale = torch.rsqrt(cast(torch.Tensor, var).to(wide) + norm.eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -cast(torch.Tensor, mean).to(wide) * scale
+    return scale, shift if bias is None else shift + bias
