@@ -28,6 +28,7 @@ from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import accumulation_dtype, bilinear_tap
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
+from .nn.calls import why_call
 
 try:
     from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -128,7 +129,10 @@ class _Scale(NamedTuple):
 
 
 def _coarse_logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, net.coarse_logits(images) if isinstance(net, PSPNet) else net(images))
+    """Logits of any size: a PSPNet's are the coarse ones, unless calling it would do anything else than its forward."""
+    if isinstance(net, PSPNet) and type(net).forward is PSPNet.forward and why_call(net) is None:
+        return net.coarse_logits(images)
+    return cast(torch.Tensor, net(images))
 
 
 def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[_Scale]:

@@ -255,8 +255,8 @@ def _passing_of(head: nn.Module) -> _Passing | str:
     ppm, layers = (cast(nn.Module, getattr(head, name)) for name in (of_head.ppm, of_head.layers))
     for name, module in ((of_head.ppm, ppm), (of_head.layers, layers)):
         of_module = plan_of(module)
-        if of_module is None:
-            return f"{name} was replaced"
+        if of_module is None or "original" not in type(module).__dict__:
+            return f"{name} was replaced, or is of another class"
         if reason := why_call(module) or _strange(module, of_module):
             return f"{name}: it {reason}"
     try:
