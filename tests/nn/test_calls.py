@@ -62,7 +62,7 @@ def outcome(module, x, seen=()):
     module.zero_grad()
     out = module(x)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    out.backward(cotangent)
+    out.backward(cotangent.to(out.dtype))
     grads = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
     buffers = {key: b.clone() for key, b in module.named_buffers()}
     return {"value": out.detach(), "x": x.grad, **grads, **buffers}, list(seen[before:])
@@ -78,6 +78,12 @@ def assert_same(ours, plain, x=None, seen=()):
                 got[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
         assert calls == plain_calls
+    with torch.no_grad():  # where a head's norm and activation are a part of its convolution
+        first = len(seen)
+        got = ours.eval()(x)
+        middle = len(seen)
+        torch.testing.assert_close(got, plain.eval()(x), rtol=1e-4, atol=1e-4)
+        assert seen[first:middle] == seen[middle:]
 
 
 # A child that is another module, or has another form
@@ -117,7 +123,16 @@ def _weight_alone(ppm):
 
 def _bigger_window(ppm):
     ppm.features[2][1].weight = nn.Parameter(torch.randn(5, 12, 3, 3))
-    ppm.features[2][1].padding = (1, 1)
+
+
+def _hooked_identity(ppm):
+    ppm.features[1][2] = nn.Identity()
+    ppm.features[1][2].register_forward_hook(lambda module, inputs, out: out * 2)
+
+
+class Widened(nn.Module):
+    def forward(self, x):
+        return x.double()
 
 
 def _spectral_norm(ppm):
@@ -139,6 +154,7 @@ CHILDREN = {
     "fixed windows": lambda ppm: ppm.features[1].__setitem__(0, nn.AvgPool2d(3)),
     "identity for pooling": lambda ppm: ppm.features[1].__setitem__(0, nn.Identity()),
     "identity for norm": lambda ppm: ppm.features[1].__setitem__(2, nn.Identity()),
+    "identity with a hook": _hooked_identity,
     "identity for activation": lambda ppm: ppm.features[1].__setitem__(3, nn.Identity()),
     "another activation": lambda ppm: ppm.features[1].__setitem__(3, nn.Hardswish()),
     "another norm": lambda ppm: ppm.features[1].__setitem__(2, nn.GroupNorm(5, 5)),
@@ -198,6 +214,14 @@ def test_the_levels_are_what_the_modules_are(name, change):
     ours, plain = pairs()[name]
     changed(CHILDREN[change], ours, plain)
     assert_same(ours, plain)
+
+
+def test_a_level_of_another_dtype():
+    """The concatenation is then of the wider one."""
+    ours, plain = pairs()["PPM"]
+    changed(lambda ppm: ppm.features[1].__setitem__(3, Widened()), ours, plain)
+    assert_same(ours, plain)
+    assert ours(torch.randn(2, 12, 9, 11)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("change", WIDTHS)
