@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import nn
 
-from ..nn.levels import Level, leaves_of, read_level
+from ..nn.reading import Level, leaves_of, read_level
 
 
 class FamilyError(ValueError):

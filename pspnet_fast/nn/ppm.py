@@ -13,8 +13,9 @@ from ..checks import check_bins, check_features
 from ..functional import pyramid_pool, upsample_concat
 from ..geometry import is_channels_last
 from .calls import tell
-from .levels import Level, autocasts, kinds_of, leaves_of, of_one_width, read_level, reduce_levels
+from .levels import autocasts, kinds_of, of_one_width, reduce_levels
 from .plain_ppm import plain_ppm, upsampled
+from .reading import Level, leaves_of, read_level
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
 from .calls import held, tell, weight_of, why_call
 from .conv2d import conv2d
-from .levels import NORMS, Level, reduce_levels
+from .levels import NORMS, reduce_levels
 from .ppm import PPM, concatenation, order_of
+from .reading import Level
 
 _LOG = logging.getLogger(__name__)
 

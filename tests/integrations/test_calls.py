@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as of_all
 
 from pspnet_fast.integrations import Pyramid, accelerate, csail, restore
-from pspnet_fast.nn.levels import Level
+from pspnet_fast.nn.reading import Level
 
 FAMILIES = ["semseg", "smp", "smp_uper", "mmseg_psp", "transformers", "csail", "yassouali", "speedinghzl", "tramac"]
 
@@ -177,6 +177,20 @@ def test_the_levels_are_what_the_modules_are(change):
     x = torch.randn(2, 32, 11, 13)
     assert_same(ours, plain, (x,))
     assert_same(ours.train(), plain.train(), (x,))
+
+
+@pytest.mark.parametrize("name", ["semseg", "csail", "mmseg_psp", "speedinghzl"])
+def test_levels_of_other_sizes_than_were_pooled(name):
+    """A stride in some levels: in the concatenation, in a list of levels, and before a convolution that needs neither."""
+    plain, ours = pair(name)
+    for model in (plain, ours):
+        pooled = [
+            m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 32 and m.kernel_size == (1, 1)
+        ]
+        pooled[-1].stride = (2, 2)
+    assert_same(ours, plain, peers.inputs(name))
+    if name == "mmseg_psp":
+        assert_same(ours.psp_modules, plain.psp_modules, (torch.randn(2, 32, 11, 13),))
 
 
 @pytest.mark.parametrize("name", ["semseg", "csail", "mmseg_psp"])

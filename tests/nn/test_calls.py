@@ -12,7 +12,6 @@ from torch.nn.modules import module as of_all
 from torch.nn.utils import parametrize
 
 from pspnet_fast import PPM, PSPHead, PSPNet
-from pspnet_fast.nn.calls import why_call
 from pspnet_fast.nn.plain_ppm import PlainPPM
 
 BINS = (1, 2, 3, 6)
@@ -104,14 +103,6 @@ class Doubling(nn.Module):
         return weight * 2
 
 
-def _remove(ppm):
-    del ppm.features[3]
-
-
-def _reverse(ppm):
-    ppm.features = ppm.features[::-1]
-
-
 def _no_norm_bias(ppm):
     ppm.features[1][2].bias = None
 
@@ -182,11 +173,11 @@ CHILDREN = {
     "scripted convolution": lambda ppm: ppm.features[1].__setitem__(1, torch.jit.script(ppm.features[1][1])),
 }
 WIDTHS = {  # for the pyramid alone: the head's convolution takes as many channels as it took
-    "a level less": _remove,
+    "a level less": lambda ppm: ppm.features.__delitem__(3),
     "a slice": lambda ppm: setattr(ppm, "features", ppm.features[1:3]),
     "no level": lambda ppm: setattr(ppm, "features", nn.ModuleList()),
     "a level more": lambda ppm: ppm.features.append(nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(12, 5, 1))),
-    "another order": _reverse,
+    "another order": lambda ppm: setattr(ppm, "features", ppm.features[::-1]),
     "another width": lambda ppm: ppm.features.__setitem__(
         1, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(12, 7, 1), nn.ReLU())
     ),
@@ -501,8 +492,3 @@ def test_what_is_called_compiles_to_one_graph_too(change):
     compiled = torch.compile(copy.deepcopy(ours).eval(), fullgraph=True, backend="eager")
     x = torch.randn(2, 12, 9, 11)
     torch.testing.assert_close(compiled(x), ours.eval()(x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_plain_module_need_not_be_called():
-    for module in PSPHead(12, 5, 8, 4).modules():
-        assert why_call(module) is None
