@@ -251,7 +251,6 @@ def test_coarse_logits_of_a_pspnet(crop, base_size, flip):
     assert torch.equal(predict_labels(net, pixels, protocol)[clear], labels[clear])
 
 
-@pytest.mark.parametrize("crop", [129, 257, None])
 class Rising(PSPNet):
     """Its logits are those of a PSPNet and a constant per class."""
 
@@ -271,6 +270,7 @@ def test_a_network_that_must_be_called_is_called(how):
     assert labels.unique().tolist() == [3]
 
 
+@pytest.mark.parametrize("crop", [129, 257, None])
 def test_labels_build_neither_logits_nor_probabilities_at_the_pictures_size(crop, monkeypatch):
     monkeypatch.setattr(predict, "BAND", 2**20)
     net, pixels = shrinking(150), torch.rand(3, 257, 257) * 255
