@@ -39,7 +39,8 @@ from .files import check_target, replacing
 from .geometry import bin_end, bin_start
 from .models.checkpoint import FORMAT
 from .models.pspnet import PSPNet
-from .nn.levels import NORMS, has_hooks
+from .nn.calls import why_call
+from .nn.levels import NORMS
 from .nn.plain_ppm import PlainPPM
 from .nn.ppm import PPM
 from .nn.psp_head import Head, beyond_the_factorised_form, check_head
@@ -276,7 +277,7 @@ class Exportable(nn.Module):
             self.levels = nn.ModuleList(level[1:] for level in cast("list[nn.Sequential]", ppm.features))
             if head == "factorised":
                 conv, norm = cast(nn.Conv2d, cls[0]), cast(_BatchNorm, cls[1])
-                folds = type(norm) in NORMS and norm.running_mean is not None and not has_hooks(norm)
+                folds = type(norm) in NORMS and norm.running_mean is not None and not why_call(norm)
                 channels = net.channels[1]
                 self.head = _Factorised(conv, norm if folds else None, channels, ppm.bins, ppm.align_corners, coarse)
                 cls = cls[2:] if folds else cls[1:]
@@ -352,8 +353,9 @@ def _not_exportable(net: PSPNet, size: tuple[int, int] | None, head: Head) -> st
     ppm, cls = cast(nn.Module, net.ppm), cast(nn.Module, net.cls)
     if type(ppm) not in (PPM, PlainPPM) or type(cls) is not nn.Sequential or len(cls) < 2:
         return f"ppm and cls must be as PSPNet makes them, got {type(ppm).__name__} and {type(cls).__name__}"
-    if has_hooks(ppm) or has_hooks(cls):
-        return "ppm and cls must have no hooks, which would not run"
+    for name, module in (("ppm", ppm), ("cls", cls)):
+        if reason := why_call(module):
+            return f"{name} {reason}, and would not be called"
     if size is None and _pools_maxima(ppm):
         return "pooling='max' needs a size: the windows of any size are no standard operators"
     reason = beyond_the_factorised_form(cls[0])

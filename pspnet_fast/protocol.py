@@ -22,6 +22,7 @@ from .data.normalisation import MEAN, STD
 from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import accumulation_dtype, bilinear_tap
 from .models.pspnet import PSPNet
+from .nn.calls import why_call
 
 BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
 SCALED_BAND = 4  # times as many may be held of a larger scale: what one of twice the picture's size needs
@@ -145,7 +146,10 @@ class _Scale(NamedTuple):
 
 
 def _coarse_logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, net.coarse_logits(images) if isinstance(net, PSPNet) else net(images))
+    """Logits of any size: a PSPNet's are the coarse ones, unless calling it would do anything else than its forward."""
+    if isinstance(net, PSPNet) and type(net).forward is PSPNet.forward and why_call(net) is None:
+        return net.coarse_logits(images)
+    return cast(torch.Tensor, net(images))
 
 
 def _by_scale(net: nn.Module, pixels: torch.Tensor, protocol: Protocol) -> list[_Scale]:

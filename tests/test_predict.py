@@ -406,6 +406,25 @@ def test_coarse_logits_of_a_pspnet(crop, base_size, flip):
     assert torch.equal(predict_labels(net, pixels, protocol)[clear], labels[clear])
 
 
+class Rising(PSPNet):
+    """Its logits are those of a PSPNet and a constant per class."""
+
+    def forward(self, x, y=None):
+        return super().forward(x) + 20 * torch.arange(4)[:, None, None]
+
+
+@pytest.mark.parametrize("how", ["a hook", "another forward", "a class"])
+def test_a_network_that_must_be_called_is_called(how):
+    net = (Rising if how == "a class" else PSPNet)(layers=18, classes=4, width=4, bins=(1, 2)).eval()
+    if how == "a hook":
+        net.register_forward_hook(lambda module, inputs, out: out + 20 * torch.arange(4)[:, None, None])
+    elif how == "another forward":
+        net.forward = lambda x: torch.ones(len(x), 4, *x.shape[2:]).cumsum(1) * 20
+    pixels = torch.rand(3, 40, 50) * 255
+    labels = predict_labels(net, pixels, Protocol(crop=33, base_size=50, scales=(1.0,)))
+    assert labels.unique().tolist() == [3]
+
+
 @pytest.mark.parametrize("crop", [129, 257, None])
 def test_labels_build_neither_logits_nor_probabilities_at_the_pictures_size(crop):
     net, pixels = shrinking(150), torch.rand(3, 257, 257) * 255

@@ -229,6 +229,8 @@ def _tried(
     for each in called:
         if not own_forward(each):
             return None, f"{type(each).__name__} is not called by its class's forward"
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return None, "its weights are not here (device meta): accelerate it before they are taken elsewhere"
     try:
         trial = Trial(module, inputs, random)
     except Exception as error:  # whatever a stranger's module raises is why it is left alone

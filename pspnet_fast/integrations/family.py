@@ -7,13 +7,13 @@ forward: a family names the layouts that its forward may have, and `accelerate` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from ..nn.levels import Level, has_hooks
+from ..nn.reading import Level, leaves_of, read_level
 
 
 class FamilyError(ValueError):
@@ -101,47 +101,35 @@ class Head:
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
-    """The modules without children below, in the order they were registered.
+    """The modules without children below, and convolutions, in the order they were registered.
 
     Raises:
-        FamilyError: a module between has hooks, which would not be called.
+        FamilyError: calling a module between would do something else than its forward, as with hooks.
     """
-    children = [*module._modules.values()]
-    if not children:
-        return [module]
-    if has_hooks(module):
-        raise FamilyError(f"{type(module).__name__} has hooks, and only its layers would be called")
-    found = []
-    for child in children:
-        if child is not None:
-            found += leaves(child)
+    found = leaves_of(module)
+    if isinstance(found, str):
+        raise FamilyError(f"it {found}, and only its layers would be called")
     return found
 
 
-def level_of(layers: Sequence[nn.Module], k: int) -> tuple[int, Level]:
-    """Bins and layers of level k: adaptive average pooling, a 1x1 convolution, a norm or none, an activation or none.
+def containers(module: nn.Module) -> Iterator[type]:
+    """The classes of the modules with children below a module: what `leaves` reads through, and more."""
+    for child in module._modules.values():
+        if child is not None and child._modules and not isinstance(child, nn.Conv2d):
+            yield getattr(type(child), "original", type(child))
+            yield from containers(child)
 
-    Raises:
-        FamilyError: they are something else.
-    """
-    if not layers or type(layers[0]) is not nn.AdaptiveAvgPool2d:
-        raise FamilyError(f"level {k} does not begin with AdaptiveAvgPool2d")
-    size = layers[0].output_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    if height is None or height != width:
-        raise FamilyError(f"level {k} pools to {height}x{width} cells, and not to as many rows as columns")
-    if has_hooks(layers[0]):
-        raise FamilyError(f"the pooling of level {k} has hooks, and would not be called")
-    if len(layers) < 2 or not isinstance(layers[1], nn.Conv2d):
-        raise FamilyError(f"level {k} has no 1x1 convolution after its pooling")
-    rest = [layer for layer in layers[2:] if type(layer) is not nn.Identity]
-    if len(rest) > 2:
-        names = ", ".join(type(layer).__name__ for layer in layers)
-        raise FamilyError(f"level {k} is {names}: more than pooling, convolution, norm and activation")
-    if len(rest) == 1 and type(rest[0]) is nn.ReLU:
-        return height, Level(layers[1], None, rest[0])
-    norm, activation = [*rest, None, None][:2]
-    return height, Level(layers[1], norm, activation)
+
+def stranger(module: nn.Module, known: tuple[type, ...]) -> type | None:
+    """The first of `containers` that is none of the known ones. Asked at every forward, so it must be cheap."""
+    for child in module._modules.values():
+        if child is not None and child._modules and not isinstance(child, nn.Conv2d):
+            kind = type(child)
+            if kind not in known and getattr(kind, "original", kind) not in known:
+                return kind
+            if found := stranger(child, known):
+                return found
+    return None
 
 
 def pyramid_of(levels: Iterable[Sequence[nn.Module]], after: Iterable[nn.Module] = ()) -> Pyramid:
@@ -150,7 +138,12 @@ def pyramid_of(levels: Iterable[Sequence[nn.Module]], after: Iterable[nn.Module]
     Raises:
         FamilyError: a level is of another form, or the levels do not fit each other.
     """
-    pairs = [level_of(layers, k) for k, layers in enumerate(levels)]
+    pairs = []
+    for k, layers in enumerate(levels):
+        level = read_level(layers)
+        if isinstance(level, str):
+            raise FamilyError(f"level {k} {level}")
+        pairs.append(level)
     for what in ("in_channels", "out_channels"):
         counts = [getattr(level.convolution, what) for _, level in pairs]
         if len(set(counts)) > 1:

@@ -2,7 +2,8 @@
 
 A module's class becomes a subclass of it with another `forward`, so `isinstance` holds, copies and pickles are of it, and
 replicas of DataParallel, too. Every forward looks at the module's layers as they are then: what somebody replaced, converted
-or hooked is seen, and where it is no longer what the kernels compute, the module's own forward runs.
+or hooked is seen, and where it is no longer what the kernels compute, the module's own forward runs. So it does where a
+module is of another class than any that were tried: what that one's forward does with its children, nobody has looked at.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import nn
 
 from ..functional import pyramid_pool, upsample_concat
-from ..nn.levels import has_hooks, reduce_levels
+from ..nn.calls import tell, why_call
+from ..nn.levels import reduce_levels
+from ..nn.plain_ppm import upsampled
 from ..nn.ppm import ppm
 from ..nn.psp_head import beyond_the_factorised_form, bottleneck
-from .family import Family, FamilyError, Head, Layout, Pyramid, leaves
+from .family import Family, FamilyError, Head, Layout, Pyramid, containers, leaves, stranger
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,12 +38,14 @@ class Plan(NamedTuple):
         layout: of the concatenation.
         head: of a head, what it is; else None.
         factorised: whether the layers after the concatenation are computed without it.
+        through: the classes of the modules that hold layers, as they were tried; None in files of before there were any.
     """
 
     family: Family | None
     layout: Layout
     head: Head | None = None
     factorised: bool = True
+    through: tuple[type, ...] | None = None
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -52,6 +57,12 @@ def own_forward(module: nn.Module) -> bool:
     """Whether a module is called by its class's forward."""
     unimplemented = type(module).forward is nn.Module.forward
     return not unimplemented and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
+
+
+def falls_back(module: nn.Module) -> str | None:
+    """Why an accelerated module runs the forward that it had before, or None."""
+    now = _passing_of(module) if isinstance(module, AcceleratedHead) else _pyramid_now(module)
+    return now if isinstance(now, str) else None
 
 
 class _Passing(NamedTuple):
@@ -82,6 +93,8 @@ def levels_after(x: torch.Tensor, pyramid: Pyramid, layout: Layout) -> torch.Ten
         return ppm(x, pyramid.bins, pyramid.levels, layout.align_corners, layout.x == "last")
     cells, x = pyramid_pool(x, pyramid.bins, return_input=True)
     reduced = reduce_levels(cells, pyramid.bins, pyramid.levels)
+    if not isinstance(reduced, torch.Tensor):
+        return upsampled(x, reduced, layout.align_corners)
     order = range(len(pyramid.bins))
     maps = upsample_concat(x, reduced, pyramid.bins, layout.align_corners, order)
     return [*maps.split(reduced.shape[2], 1)]
@@ -96,10 +109,10 @@ def with_layers(
     try:
         layers = [leaf for module in modules for leaf in leaves(module)]
     except FamilyError as error:
-        _LOG.debug("accelerate: the concatenation is built: %s", error)
+        tell(_LOG, "accelerate: the concatenation is built: %s", error)
         return None
     if reason := beyond_the_factorised_form(layers[0]):
-        _LOG.debug("accelerate: the concatenation is built, for the convolution after it: %s", reason)
+        tell(_LOG, "accelerate: the concatenation is built, for the convolution after it: %s", reason)
         return None
     return bottleneck(x, pyramid.bins, pyramid.levels, layout.align_corners, layers, layout.x == "last")
 
@@ -128,11 +141,14 @@ class AcceleratedPPM(_Accelerated):
 
     def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
         module = cast(nn.Module, self)
-        plan = cast(Plan, plan_of(module))
+        plan = plan_of(module)
+        if plan is None:
+            return _restored(module, x, *more, **named)
         if _passed(module):
             return [] if plan.layout.x == "none" else x
-        pyramid = _now(cast(Family, plan.family), module)
-        if pyramid is None:
+        pyramid = _pyramid_now(module)
+        if isinstance(pyramid, str):
+            tell(_LOG, "accelerate: %s runs its own forward: %s", type(module).__name__, pyramid)
             return cast(Any, super()).forward(x, *more, **named)
         if pyramid.after:
             y = with_layers(x, pyramid, plan.layout, pyramid.after, plan.factorised)
@@ -158,8 +174,11 @@ class AcceleratedHead(_Accelerated):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         module = cast(nn.Module, self)
+        if plan_of(module) is None:
+            return _restored(module, *arguments, **named)
         passing = _passing_of(module)
-        if passing is None:
+        if isinstance(passing, str):
+            tell(_LOG, "accelerate: %s runs its own forward: %s", type(module).__name__, passing)
             return cast(Any, super()).forward(*arguments, **named)
         before = _UNDER_WAY.passing
         _UNDER_WAY.passing = (*before, passing)
@@ -174,6 +193,8 @@ class AcceleratedLayers(_Accelerated):
 
     def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
         module = cast(nn.Module, self)
+        if plan_of(module) is None:
+            return _restored(module, x, *more, **named)
         for each in _UNDER_WAY.passing:
             if each.layers is module:
                 y = with_layers(x, each.pyramid, each.layout, (each.layers,), each.factorised)
@@ -201,7 +222,7 @@ def subclass(kind: type, original: type[nn.Module]) -> type[nn.Module]:
 def rebind(module: nn.Module, kind: type, plan: Plan) -> None:
     """Give a module the forward of a kind."""
     module.__class__ = subclass(kind, type(module))
-    module.__dict__[MARK] = plan
+    module.__dict__[MARK] = plan._replace(through=tuple(dict.fromkeys(containers(module))))
 
 
 def unbind(module: nn.Module) -> None:
@@ -210,25 +231,44 @@ def unbind(module: nn.Module) -> None:
     module.__class__ = cast(Any, module).original
 
 
-def _now(family: Family, module: nn.Module) -> Pyramid | None:
-    """The module's pyramid as it is; None, and a word in the log, where it is none any more."""
+def _restored(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+    """The forward of a module that was accelerated, for who took hold of its method then and calls it now."""
+    return type(module).forward(module, *arguments, **named)
+
+
+def _pyramid_now(module: nn.Module) -> Pyramid | str:
+    """An accelerated module's pyramid as it is; or why its own forward must run."""
+    plan = cast(Plan, plan_of(module))
+    if reason := _strange(module, plan):
+        return reason
     try:
-        return family.pyramid(module)
+        pyramid = cast(Family, plan.family).pyramid(module)
     except FamilyError as reason:
-        _LOG.debug("accelerate: %s runs its own forward: %s", type(module).__name__, reason)
-        return None
+        return str(reason)
+    return "it has another structure" if pyramid is None else pyramid
 
 
-def _passing_of(head: nn.Module) -> _Passing | None:
-    """How a head's forward goes; None where its pyramid or its layers have hooks, which would see something else."""
+def _passing_of(head: nn.Module) -> _Passing | str:
+    """How a head's forward goes; or why its own must run, with a pyramid and layers that compute what they are."""
     plan = cast(Plan, plan_of(head))
     of_head = cast(Head, plan.head)
     ppm, layers = (cast(nn.Module, getattr(head, name)) for name in (of_head.ppm, of_head.layers))
-    if plan_of(ppm) is None or plan_of(layers) is None or has_hooks(ppm) or has_hooks(layers):
-        return None
+    for name, module in ((of_head.ppm, ppm), (of_head.layers, layers)):
+        of_module = plan_of(module)
+        if of_module is None or "original" not in type(module).__dict__:
+            return f"{name} was replaced, or is of another class"
+        if reason := why_call(module) or _strange(module, of_module):
+            return f"{name}: it {reason}"
     try:
         pyramid = of_head.pyramid(head, ppm, plan.family)
     except FamilyError as reason:
-        _LOG.debug("accelerate: %s runs its own forward: %s", type(head).__name__, reason)
-        return None
-    return None if pyramid is None else _Passing(ppm, layers, pyramid, plan.layout, plan.factorised)
+        return str(reason)
+    return (
+        "it has another structure" if pyramid is None else _Passing(ppm, layers, pyramid, plan.layout, plan.factorised)
+    )
+
+
+def _strange(module: nn.Module, plan: Plan) -> str | None:
+    """What an accelerated module holds that its forward was not tried with."""
+    kind = None if plan.through is None else stranger(module, plan.through)
+    return None if kind is None else f"holds a {kind.__name__}, which it did not when it was tried"

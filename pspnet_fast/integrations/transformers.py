@@ -7,8 +7,9 @@ from typing import cast
 
 from torch import nn
 
+from ..nn.calls import why_call
 from . import mmseg
-from .family import LIST, Family, Pyramid, leaves, pyramid_of
+from .family import LIST, Family, FamilyError, Pyramid, leaves, pyramid_of
 
 
 class PyramidPoolingModule(Family):
@@ -28,6 +29,8 @@ class PyramidPoolingModule(Family):
 
 
 def _layers(block: nn.Module) -> list[nn.Module]:
+    if reason := why_call(block):
+        raise FamilyError(f"a block {reason}, and only its layers would be called")
     listed = cast("Sequence[nn.Module]", block.layers)
     return [leaf for layer in listed for leaf in leaves(layer)]
 

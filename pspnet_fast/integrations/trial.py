@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .family import Layout
-from .forwards import MARK
+from .forwards import MARK, falls_back
 
 TOLERANCE = 1e-6  # of the largest value, in float64: another rounding is 1e-15, another function at least 1e-4
 
@@ -55,6 +55,8 @@ class Trial:
         for layout in layouts:
             changed = copy.deepcopy(self.copy)
             change(changed, layout)
+            if fallback := falls_back(changed):
+                return None, fallback  # by which every layout would agree
             try:
                 got = self._run(changed)
             except Exception as error:  # a stranger's forward may check what it is given, in its own words

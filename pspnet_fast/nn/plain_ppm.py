@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -62,7 +62,14 @@ class PlainPPM(nn.Module):
             self.features.append(nn.Sequential(*level))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = [x]
-        for level in self.features:
-            maps.append(F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=self.align_corners))
-        return torch.cat(maps, 1)
+        return plain_ppm(x, self.features, self.align_corners)
+
+
+def plain_ppm(x: torch.Tensor, levels: Iterable[nn.Module], align_corners: bool) -> torch.Tensor:
+    """The concatenation of x and every level of it, upsampled: in plain PyTorch, by calling the modules."""
+    return torch.cat([x, *upsampled(x, (level(x) for level in levels), align_corners)], 1)
+
+
+def upsampled(x: torch.Tensor, maps: Iterable[torch.Tensor], align_corners: bool) -> list[torch.Tensor]:
+    """Maps (N, R, h, w) of any h and w, brought to the size of x in plain PyTorch."""
+    return [F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=align_corners) for y in maps]

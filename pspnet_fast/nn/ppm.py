@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -12,22 +13,29 @@ from ..checks import check_bins, check_features
 from ..functional import pyramid_pool, upsample_concat
 from ..geometry import is_channels_last
 from ..tracing import is_transformed
-from .levels import Level, beyond_the_kernels, reduce_levels
+from .calls import tell
+from .levels import autocasts, kinds_of, of_one_width, reduce_levels
+from .plain_ppm import plain_ppm, upsampled
+from .reading import Level, leaves_of, read_level
+
+_LOG = logging.getLogger(__name__)
 
 
 class PPM(nn.Module):
     """Pool to every bin, 1x1 convolution, batch norm, ReLU, upsample, concatenate with the input.
 
     The parameters, their names and the state_dict are those of semseg's PPM (hszhao/semseg, model/pspnet.py):
-    `features.{k}.1.weight` (reduction_dim, in_dim, 1, 1) and `features.{k}.2.*` for bin k. The submodules hold the
-    parameters; their own forward is not called, unless they are not what the kernels compute (another norm than batch
-    norm, hooks on them, norms in different modes): then pooling and upsampling still run on the kernels, and what lies
-    between on the submodules.
+    `features.{k}.1.weight` (reduction_dim, in_dim, 1, 1) and `features.{k}.2.*` for bin k. The levels are what the modules
+    are when they are called: who replaces, removes or hooks a submodule gets what plain PyTorch computes with it. A
+    submodule is called itself where calling it does anything but what the kernels compute. For a level's convolution, norm
+    or activation (another norm than batch norm, hooks, a forward of its own), pooling and upsampling still run on the
+    kernels. Where a level is no average pooling, 1x1 convolution, norm and activation, or its pooling or the level itself
+    must be called, the whole pyramid runs in plain PyTorch.
 
     Args:
         in_dim: channels C of the input.
         reduction_dim: channels R each level is reduced to.
-        bins: cells per axis of each level.
+        bins: cells per axis of each level, as the module is made.
         norm_layer: makes a norm from its channel count. `nn.SyncBatchNorm.convert_sync_batchnorm` works as ever, with
             one collective for all levels.
         align_corners: how the levels are upsampled.
@@ -73,7 +81,11 @@ class PPM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check(x)
-        return ppm(x, self.bins, self.levels(), self.align_corners)
+        read = self.read()
+        if isinstance(read, str):
+            tell(_LOG, "PPM: its modules are called, and upsampled by PyTorch: %s", read)
+            return plain_ppm(x, self.features, self.align_corners)
+        return ppm(x, *read, self.align_corners)
 
     def check(self, x: torch.Tensor) -> None:
         """Raise where x is not features of `in_dim` channels."""
@@ -81,30 +93,53 @@ class PPM(nn.Module):
         if x.shape[1] != self.in_dim:
             raise ValueError(f"PPM: x must have in_dim = {self.in_dim} channels, got {tuple(x.shape)}")
 
-    def levels(self) -> list[Level]:
-        """The layers of every level, as they are now."""
-        found = []
-        for level in cast("list[nn.Sequential]", self.features):
-            if len(level) == 4:
-                conv, norm, activation = list(level)[1:]
-                found.append(Level(conv, None if type(norm) is nn.Identity else norm, activation))
-            else:
-                found.append(Level(level[1:], None, None))
-        return found
+    def read(self) -> tuple[list[int], list[Level]] | str:
+        """Bins and layers of every level, as its modules are now; or why they are not read, but must be called."""
+        bins, levels = [], []
+        for k, module in enumerate(self.features):
+            layers = leaves_of(module, (nn.Sequential,))
+            level = layers if isinstance(layers, str) else read_level(layers)
+            if isinstance(level, str):
+                return f"level {k} {level}"
+            bins.append(level[0])
+            levels.append(level[1])
+        return (bins, levels) if levels else "there are no levels"
 
 
 def ppm(
     x: torch.Tensor, bins: Sequence[int], levels: Sequence[Level], align_corners: bool, x_last: bool = False
 ) -> torch.Tensor:
     """The pyramid pooling module of given layers: x and the upsampled levels concatenated, x first or last."""
-    order = (*range(len(bins)), -1) if x_last else (-1, *range(len(bins)))
-    if all(beyond_the_kernels(level) is None for level in levels) and _writes_in_place(x):
+    order = order_of(len(bins), x_last)
+    kinds = kinds_of(levels)
+    width = of_one_width(kinds)
+    if width is not None and _writes_in_place(x):
         # The pooling pass copies x to where the result will be: x is read once.
-        reduced = sum(level.channels for level in levels)
+        reduced = len(levels) * width
         pyramid, out = pyramid_pool(x, bins, reserve=(reduced, 0) if x_last else (0, reduced))
-        return upsample_concat(out, reduce_levels(pyramid, bins, levels), bins, align_corners, order, in_place=True)
+        packed = cast(torch.Tensor, reduce_levels(pyramid, bins, levels, kinds))
+        return upsample_concat(out, packed, bins, align_corners, order, in_place=True)
     pyramid, x = pyramid_pool(x, bins, return_input=True)
-    return upsample_concat(x, reduce_levels(pyramid, bins, levels), bins, align_corners, order)
+    return concatenation(x, reduce_levels(pyramid, bins, levels, kinds), bins, align_corners, order)
+
+
+def order_of(levels: int, x_last: bool) -> tuple[int, ...]:
+    """The blocks of the concatenation, as `upsample_concat` takes them."""
+    return (*range(levels), -1) if x_last else (-1, *range(levels))
+
+
+def concatenation(
+    x: torch.Tensor,
+    reduced: torch.Tensor | Sequence[torch.Tensor],
+    bins: Sequence[int],
+    align_corners: bool,
+    order: Sequence[int],
+) -> torch.Tensor:
+    """`upsample_concat` of what `reduce_levels` returns: a packed pyramid, or maps of any sizes, by PyTorch."""
+    if isinstance(reduced, torch.Tensor):
+        return upsample_concat(x, reduced, bins, align_corners, order)
+    maps = [*upsampled(x, reduced, align_corners), x]
+    return torch.cat([maps[k] for k in order], 1)
 
 
 def _writes_in_place(x: torch.Tensor) -> bool:
@@ -118,6 +153,6 @@ def _writes_in_place(x: torch.Tensor) -> bool:
     if x.device.type == "cpu" and is_channels_last(x):
         return False
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return True
     return torch.promote_types(x.dtype, torch.get_autocast_dtype(device)) == x.dtype

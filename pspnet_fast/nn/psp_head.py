@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
 from ..tracing import is_traced
+from .calls import held, tell, weight_of, why_call
 from .conv2d import conv2d
-from .levels import NORMS, Level, has_hooks, reduce_levels
-from .ppm import PPM
+from .levels import NORMS, reduce_levels
+from .ppm import PPM, concatenation, order_of
+from .reading import Level
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class PSPHead(nn.Module):
     The convolution of a concatenation is the sum of its parts' convolutions. The features' part is a convolution of half
     the work, the levels' part is computed from their cells (`pyramid_conv2d`), and neither the upsampled levels nor the
     concatenation exist. Where the modules are not what this computes (another convolution, hooks on the convolution or
-    on `ppm`), the head is `cls(ppm(x))`.
+    on `ppm`, a level that must be called), the head is `cls(ppm(x))`.
 
     Args:
         in_dim: channels C of the features.
@@ -112,12 +114,13 @@ def psp_head(ppm: nn.Module, cls: nn.Sequential, x: torch.Tensor, head: Head = "
     """`cls(ppm(x))`, factorised where it can be."""
     if head == "concat":
         return cast(torch.Tensor, cls(ppm(x)))
-    if reason := _not_a_head(ppm, cls):
-        _LOG.debug("psp_head: the levels are upsampled and concatenated: %s", reason)
+    read = _read(ppm, cls)
+    if isinstance(read, str):
+        tell(_LOG, "psp_head: the levels are upsampled and concatenated: %s", read)
         return cast(torch.Tensor, cls(ppm(x)))
     ppm = cast(PPM, ppm)
     ppm.check(x)
-    return bottleneck(x, ppm.bins, ppm.levels(), ppm.align_corners, list(cls))
+    return bottleneck(x, *read, ppm.align_corners, list(cls))
 
 
 def bottleneck(
@@ -138,26 +141,33 @@ def bottleneck(
         layers: a convolution of which `beyond_the_factorised_form` says None, and what follows it.
         x_last: whether x stands after the levels in the concatenation, not before them.
     """
-    conv, rest = cast(nn.Conv2d, layers[0]), [*layers[1:]]
+    conv, rest = cast(nn.Conv2d, layers[0]), layers[1:]
     pyramid, x = pyramid_pool(x, bins, return_input=True)
     reduced = reduce_levels(pyramid, bins, levels)
     padding = cast("tuple[int, int]", conv.padding)[0]
+    weight = weight_of(conv)
+    if not isinstance(reduced, torch.Tensor):
+        x = concatenation(x, reduced, bins, align_corners, order_of(len(bins), x_last))
+        return _through(rest, conv2d(x, weight, padding))
     channels = x.shape[1]
     if x_last:
-        of_levels, of_x = conv.weight.split((conv.in_channels - channels, channels), 1)
+        of_levels, of_x = weight.split((weight.shape[1] - channels, channels), 1)
     else:
-        of_x, of_levels = conv.weight.split((channels, conv.in_channels - channels), 1)
+        of_x, of_levels = weight.split((channels, weight.shape[1] - channels), 1)
     y = conv2d(x, of_x, padding)
     size = (x.shape[2], x.shape[3])
-    if len(rest) > 1 and _folds(rest[0], rest[1], y, reduced, conv.weight):
+    if len(rest) > 1 and _folds(rest[0], rest[1], y, reduced, weight):
         scale, shift = _folded(cast(_BatchNorm, rest[0]), y)
         y = pyramid_conv2d(
             reduced, of_levels, size, bins, padding, align_corners, out=y, scale=scale, shift=shift, relu=True
         )
-        rest = rest[2:]
-    else:
-        y = pyramid_conv2d(reduced, of_levels, size, bins, padding, align_corners, out=y)
-    for module in rest:
+        return _through(rest[2:], y)
+    y = pyramid_conv2d(reduced, of_levels, size, bins, padding, align_corners, out=y)
+    return _through(rest, y)
+
+
+def _through(modules: Iterable[nn.Module], y: torch.Tensor) -> torch.Tensor:
+    for module in modules:
         y = module(y)
     return y
 
@@ -166,33 +176,34 @@ def beyond_the_factorised_form(conv: nn.Module) -> str | None:
     """Why a module is not the plain convolution that is the sum of its parts, or None."""
     if type(conv) is not nn.Conv2d:
         return f"it is {type(conv).__name__}"
-    if has_hooks(conv):
-        return "it has hooks"
-    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-    square = conv.kernel_size in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
+    if reason := why_call(conv):
+        return f"it {reason}"
+    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and held(conv, "bias") is None
+    square = weight_of(conv).shape[2:] in ((1, 1), (3, 3)) and conv.padding in ((0, 0), (1, 1), (2, 2))
     if not plain or not square or conv.padding_mode != "zeros":
         return "it has a bias, a stride, a dilation, groups or another window"
     return None
 
 
-def _not_a_head(ppm: nn.Module, cls: nn.Sequential) -> str | None:
-    """Why the modules are not a pyramid and a plain convolution over its concatenation, or None."""
+def _read(ppm: nn.Module, cls: nn.Sequential) -> tuple[list[int], list[Level]] | str:
+    """Bins and layers of a pyramid with a plain convolution over its concatenation; or why the modules are not both."""
     if type(ppm) is not PPM:
         return f"ppm is {type(ppm).__name__}"
     if type(cls) is not nn.Sequential or len(cls) < 3:
         return "cls is not a sequence of convolution, norm and activation"
     for name, module in (("ppm", ppm), ("cls", cls)):
-        if has_hooks(module):
-            return f"{name} has hooks"
-    reason = beyond_the_factorised_form(cls[0])
-    return f"cls.0: {reason}" if reason else None
+        if reason := why_call(module):
+            return f"{name} {reason}"
+    if reason := beyond_the_factorised_form(cls[0]):
+        return f"cls.0: {reason}"
+    return ppm.read()
 
 
 def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bool:
     """Whether norm and activation are a factor, a summand and a ReLU, and nobody asks for gradients."""
     if type(norm) not in NORMS or type(activation) is not nn.ReLU:
         return False
-    if norm.training or norm.running_mean is None or has_hooks(norm) or has_hooks(activation):
+    if norm.training or held(norm, "running_mean") is None or why_call(norm) or why_call(activation):
         return False
     if is_traced():  # one graph, whatever the grad mode: torch.jit.trace checks it in the other
         return False
@@ -201,8 +212,9 @@ def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bo
 
 def _folded(norm: _BatchNorm, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = accumulation_dtype(y.dtype)
-    scale = torch.rsqrt(cast(torch.Tensor, norm.running_var).to(wide) + norm.eps)
-    if norm.affine:
-        scale = scale * norm.weight
-    shift = -cast(torch.Tensor, norm.running_mean).to(wide) * scale
-    return scale, shift + norm.bias if norm.affine else shift
+    mean, var, weight, bias = (held(norm, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    scale = torch.rsqrt(cast(torch.Tensor, var).to(wide) + norm.eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -cast(torch.Tensor, mean).to(wide) * scale
+    return scale, shift if bias is None else shift + bias

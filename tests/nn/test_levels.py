@@ -7,7 +7,8 @@ from torch import nn
 
 from pspnet_fast import PPM, testing
 from pspnet_fast.functional import pyramid_pool
-from pspnet_fast.nn.levels import Level, reduce_levels
+from pspnet_fast.nn.levels import reduce_levels
+from pspnet_fast.nn.reading import Level
 
 BINS = (1, 2, 3, 6)
 
