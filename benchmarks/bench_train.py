@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from selection import whole_network
 
 from pspnet_fast import train
 from pspnet_fast.config import Recipe
@@ -37,6 +38,7 @@ def calls(monkeypatch):
     return times
 
 
+@whole_network
 def bench_training_stack(benchmark, calls, tmp_path):
     """The gate: both losses are those of a network that has begun to learn 11 classes, and the weights move."""
     write_scenes(tmp_path / "scenes", 8, width=683, height=512)
