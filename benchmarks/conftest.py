@@ -24,6 +24,11 @@ from measuring import ROWS, Measure, machine
 from workloads import FORMATS, WORKLOADS, seed_of
 
 HERE = Path(__file__).parent
+LEGEND = (
+    "provider: who computed; cpu, cuda and triton are ours. ms: the median time. times eager's speed: plain PyTorch's median",
+    "time, taken in turns with it, over that. GB/s: the bytes that must move, over that. peak extra MB: what tensors take at",
+    "most beyond the inputs, the result included. Wrong results have no row: an accuracy gate comes before each time.",
+)
 
 
 class Printed:
@@ -54,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--dtype", default=None, help="default bfloat16 on cuda, float32 on cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick set has rows and a table of its own: --benchmark-verbose prints pytest-benchmark's, too, one for each row."""
+    if selection.quick_alone(config):
+        config.option.benchmark_quiet = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -179,7 +190,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"| {row['work']} | {row['format']} | {row['provider']} | {row['ms']:.2f} | {row['ratio']:.2f} | {rest} |"
         )
     write("")
-    write(
-        "ms: the median. times eager's speed: plain PyTorch's median over it, both in turns. GB/s: the bytes that must move"
-    )
-    write("over the time. peak extra MB: what tensors take at most beyond the inputs, the result included.")
+    for line in LEGEND:
+        write(line)
+    for name, shape in WORKLOADS.items():
+        if any(name in row["work"].replace(",", "").split() for row in ROWS):
+            write(f"{name}: features {'x'.join(map(str, shape.size))}, {shape.reason}")

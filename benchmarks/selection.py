@@ -16,6 +16,7 @@ Benchmark = TypeVar("Benchmark", bound=Callable[..., Any])
 
 GROUPS = ("ppm", "ops", "head", "loss", "labels")  # of the quick set, in the order in which they run
 SETS = ("quick", "all")
+HERE = Path(__file__).resolve().parent
 
 
 def quick(group: str, **parameters: object) -> Callable[[Benchmark], Benchmark]:
@@ -52,17 +53,21 @@ def order(item: pytest.Item) -> tuple[bool, bool, int]:
 
 def chosen(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether an item runs."""
-    asked = config.getoption("--set")
-    if asked is None:
-        asked = "all" if _named(item, config) or config.getoption("-k") or config.getoption("-m") else "quick"
     who = config.getoption("--provider") or ours(config.getoption("--device"))
-    return asked == "all" or _rank(item, who) < len(GROUPS)
+    return _asked(config, [item.path]) == "all" or _rank(item, who) < len(GROUPS)
 
 
-def _named(item: pytest.Item, config: pytest.Config) -> bool:
-    """Whether the command line has the item's file, not only a folder that it is in."""
+def quick_alone(config: pytest.Config) -> bool:
+    """Whether nothing but the quick set is asked for."""
+    return _asked(config, list(HERE.glob("bench_*.py"))) == "quick"
+
+
+def _asked(config: pytest.Config, files: list[Path]) -> str:
+    """The set that is asked for: all, if one of these files stands on the command line (not only a folder), or -k or -m."""
     paths = (Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args)
-    return any(path.is_file() and path.samefile(item.path) for path in paths)
+    named = any(path.is_file() and path.resolve() in files for path in paths)
+    narrowed = named or config.getoption("-k") or config.getoption("-m")
+    return config.getoption("--set") or ("all" if narrowed else "quick")
 
 
 def _rank(item: pytest.Item, who: list[str]) -> int:

@@ -1,15 +1,15 @@
-"""`pytest benchmarks`: what runs by default, that a row is seen when it is there, and that no gate fails by chance or passes by mistake."""
+"""`pytest benchmarks`: what runs by default, that a row is seen at once, that no gate fails by chance or passes by mistake."""
 
 import copy
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from measuring import parameters_as_tensors
 from torch import nn
 
 from pspnet_fast import PPM, backends, testing, use_backend
@@ -105,13 +105,11 @@ def test_everything():
     ("arguments", "count"),
     [
         (["benchmarks/bench_ppm.py"], 12),
-        (["benchmarks/bench_ppm.py::bench_training"], 6),
         (["benchmarks/bench_ppm.py", "--set", "quick"], 4),
         (["benchmarks/bench_ppm.py", "--provider", "compile", "--provider", "cpu"], 8),
-        (["benchmarks", "-k", "bench_ppm and compile"], 4),
-        (["benchmarks", "tests/test_files.py", "-k", "bench_pyramid_norm or symlink"], 3),
+        (["benchmarks", "tests/test_files.py", "-k", "bench_pyramid_norm or replacing"], 3),
     ],
-    ids=["file", "function", "set", "provider", "expression", "beside_tests"],
+    ids=["file", "set", "provider", "beside_tests"],
 )
 def test_what_is_named_runs(arguments, count):
     """All of a named file, as ever; tests that are collected in the same run keep out of it."""
@@ -130,12 +128,12 @@ def test_a_row_is_seen_when_it_is_there(small, monkeypatch):
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("[1/3] pyramid_norm forward + backward") and "ms, " in line:
+            if line.startswith("[1/3] pyramid_pool forward + backward") and "ms, " in line:
                 (small / "seen").touch()
     assert process.returncode == 0, "".join(lines)
     assert sum(line.startswith("[") and "times as fast as eager PyTorch" in line for line in lines) == 3
     table = [line for line in lines if line.startswith("| pyramid")]
-    assert [line.split("|")[2].strip() for line in table] == ["nchw", "nchw", "channels_last"]
+    assert [line.split("|")[2].strip() for line in table] == ["nchw", "channels_last", "nchw"]
     saved = json.loads(report.read_text())["benchmarks"]
     assert {key for each in saved for key in each["extra_info"]} == {
         "work",
@@ -163,26 +161,83 @@ def test_a_wrong_result_has_no_row(small, monkeypatch, mode):
     assert "| work |" not in wrong.stdout
 
 
-def drawn(seed, channels, bins=(1, 2, 3, 6), size=(12, 12), batch=2):
-    """Features and a plain PPM as a training row's gate gets them, before they are cleared of kinks."""
+def drawn(seed, channels=64, reduced=64, bins=(1, 2, 3, 6)):
+    """Two images and a plain PPM, as a training row's gate has them before they are cleared of kinks.
+
+    Of 12x12 positions, but with means of the size of 60x60's: d of bin 1 is about twice the root of eps there.
+    """
     torch.manual_seed(seed)
-    return torch.randn(batch, channels, *size), PlainPPM(channels, 64, bins).train()
+    return torch.randn(2, channels, 12, 12) / 5, PlainPPM(channels, reduced, bins).train()
 
 
-def before_relu(plain, x):
-    """Of each level, its values in float64 (N, R, b, b)."""
+def nearest_to_zero(plain, x):
+    """Of all that the levels' ReLUs are given, in float64."""
     wide = copy.deepcopy(plain).double()
-    return [level[:3](x.double()) for level in wide.features]
+    with torch.no_grad():
+        return min(float(level[:3](x.double()).abs().min()) for level in wide.features)
 
 
 def test_rounding_decides_no_relu():
-    """Over 300 draws: without care the nearest to zero is a few rounding steps away, with it a sixtieth at least."""
+    """Over 300 draws: without care the nearest to zero is some rounding steps away, with it a sixtieth at least."""
     careless, careful = [], []
     for seed in range(300):
-        x, plain = drawn(seed, 8)
-        with torch.no_grad():
-            careless.append(min(float(y.abs().min()) for y in before_relu(plain, x)))
-            testing.clear_of_kinks(plain, x)
-            careful.append(min(float(y.abs().min()) for y in before_relu(plain, x)))
-    assert min(careless) < 1e-6
+        x, plain = drawn(seed, channels=8)
+        careless.append(nearest_to_zero(plain, x))
+        testing.clear_of_kinks(plain, x)
+        careful.append(nearest_to_zero(plain, x))
+    assert min(careless) < 1e-5
     assert min(careful) > 1 / 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c), None], ids=["batch", "group", "none"])
+def test_zero_is_in_a_gap_whatever_the_norm(norm, dtype):
+    """Also without one, where it is the convolution's bias that is moved; and with values that are all alike."""
+    conv = nn.Conv2d(6, 8, 1, bias=norm is None)
+    level = nn.Sequential(nn.AdaptiveAvgPool2d(2), conv, *([] if norm is None else [norm(8)])).to(dtype)
+    for x in (torch.randn(3, 6, 9, 7).to(dtype), torch.randn(1, 6, 9, 7).to(dtype).expand(3, -1, -1, -1)):
+        testing.clear_of_kinks(level, x)
+        y = copy.deepcopy(level).double()(x.double())
+        assert y.abs().min() > y.std() / 64
+        assert (y > 0).any()
+
+
+def cut_by_chance(plain, x):
+    """Make the first channel of bin 1 alike in both images, to within rounding."""
+    first, second = x.mean((2, 3))
+    with torch.no_grad():
+        weight, difference = plain.features[0][1].weight[0, :, 0, 0], first - second
+        weight -= (weight @ difference) / difference.square().sum() * difference
+
+
+def compared(seed, careful):
+    """Value and gradients, of the images and of every parameter: ours, plain PyTorch's, and in float64."""
+    x, plain = drawn(seed)
+    cut_by_chance(plain, x)
+    if careful:
+        testing.clear_of_kinks(plain, x)
+    ours = PPM(64, 64).train()
+    ours.load_state_dict(plain.state_dict())
+    cotangent, tensors = torch.randn(2, 5 * 64, 12, 12), [x, *plain.parameters()]
+    with use_backend("cpu"):
+        results = testing.evaluate(parameters_as_tensors(ours), tensors, cotangent)
+    function = parameters_as_tensors(plain)
+    wide = testing.evaluate(function, [t.double() for t in tensors], cotangent.double())
+    return results, testing.evaluate(function, tensors, cotangent), wide
+
+
+def holds(runs):
+    """The accuracy rule over all of some runs, where the largest error of plain PyTorch's is no accident of one of them."""
+    try:
+        for parts in zip(*(map(torch.stack, zip(*each, strict=True)) for each in zip(*runs, strict=True)), strict=True):
+            testing.assert_within(*parts)
+    except AssertionError:
+        return False
+    return True
+
+
+@needs_kernels
+def test_no_gate_fails_by_chance():
+    """Where a channel's two values are alike, rounding decides in one computation so, in another so. Not where care is taken."""
+    assert not all(holds([compared(seed, careful=False)]) for seed in range(40))
+    assert holds([compared(seed, careful=True) for seed in range(40)])
