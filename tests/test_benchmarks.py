@@ -238,6 +238,6 @@ def holds(runs):
 
 @needs_kernels
 def test_no_gate_fails_by_chance():
-    """Where a channel's two values are alike, rounding decides in one computation so, in another so. Not where care is taken."""
+    """Where a channel's two values are alike, rounding decides, here so and there so. Not where care is taken."""
     assert not all(holds([compared(seed, careful=False)]) for seed in range(40))
     assert holds([compared(seed, careful=True) for seed in range(40)])
