@@ -11,7 +11,7 @@ export MAX_JOBS ?= $(shell nproc)
 # Extra pip options for torch alone, such as the index of its CPU wheels that its install page names.
 TORCH_INDEX ?=
 
-.PHONY: demo test emulation memory-check compare bench lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
+.PHONY: demo test emulation memory-check compare bench bench-all lint format types triton-check cuda-check oldest-torch-check abi-check package-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m pspnet_fast.demo
@@ -39,8 +39,12 @@ memory-check: $(VENV)/.built
 compare: $(VENV)/.built build/compare/.installed
 	PYTHONPATH=build/compare OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations/test_live.py tests/checkpoints -k "live or smp"
 
+# The quick set, under five minutes on two cores; bench-all takes hours there.
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-all: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --benchmark-only --set all
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

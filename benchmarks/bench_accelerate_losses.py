@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from workloads import WORKLOADS
+from selection import quick
+from workloads import FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast.integrations.losses import accelerate_losses
 
 CLASSES = 150
@@ -33,6 +33,7 @@ def _accelerated(function, x):
     return result
 
 
+@quick("loss")
 def bench_loop(measure, workload, memory_format, provider, device, dtype):
     shape = WORKLOADS[workload]
     generator = torch.Generator().manual_seed(0)

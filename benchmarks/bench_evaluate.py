@@ -9,7 +9,6 @@ twice, and the time is the sum of the scales' medians. The gate, and the memory,
 
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +16,11 @@ import cv2
 import numpy as np
 import torch
 from bench_pspnet import CLASSES, _Plain
+from measuring import ROWS
+from selection import whole_network
 from torch import nn
+from workloads import FORMATS
 
-from conftest import FORMATS
 from pspnet_fast import PSPNet
 from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.data.picture import draw_street
@@ -96,6 +97,7 @@ def _sum_of_medians(times):
     return sum(statistics.median(times[i :: len(PROTOCOL.scales)]) for i in range(len(PROTOCOL.scales)))
 
 
+@whole_network
 def bench_six_scales_with_flip(measure, memory_format, device):
     torch.manual_seed(0)
     net = PSPNet(50, classes=CLASSES).eval()
@@ -131,11 +133,12 @@ def bench_six_scales_with_flip(measure, memory_format, device):
 
     benchmark.group = f"PSPNet-50, six scales with flip, scale by scale, {memory_format}"
     benchmark.pedantic(ours, setup=before_each_turn, rounds=len(PROTOCOL.scales) * ROUNDS)
+    if benchmark.disabled:
+        return
     median, eager = _sum_of_medians(benchmark.stats.stats.data), _sum_of_medians(times)
     moved = picture.nbytes + sum(p.nbytes for p in net.parameters())
-    rows = sys.modules[type(measure).__module__].ROWS  # pytest's conftest; the one imported above is another copy
     for provider, seconds, held in (("eager", eager, baseline_memory), (device, median, memory)):
         row = {"work": "PSPNet-50, 512x683 at six scales with flip, host memory", "format": memory_format}
         row |= {"provider": provider, "ms": 1e3 * seconds, "ratio": eager / seconds, "MB": held / 1e6}
-        rows.append({**row, "GB/s": moved / seconds / 1e9})
-    benchmark.extra_info.update(rows[-1], eager_ms=1e3 * eager, eager_MB=baseline_memory / 1e6)
+        ROWS.append({**row, "GB/s": moved / seconds / 1e9})
+    benchmark.extra_info.update(ROWS[-1], eager_ms=1e3 * eager, eager_MB=baseline_memory / 1e6)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring import parameters_as_tensors
 from torch import nn
+from workloads import FORMATS
 
-from conftest import FORMATS, parameters_as_tensors
+from pspnet_fast import testing
 from pspnet_fast.backends import ops
 from pspnet_fast.integrations import Head, accelerate, features
 
@@ -145,9 +147,11 @@ def _modules(case, batch, memory_format, device, dtype, training):
     layout = FORMATS[memory_format]
     module = OfTheMap(build(channels, 512), None if maps is None else maps(channels, size))
     plain = peers.randomise(module).to(device, dtype, memory_format=layout).train(training)
+    x = torch.randn(batch, channels, size, size, device=device).to(dtype).contiguous(memory_format=layout)
+    if training:
+        testing.clear_of_kinks(plain, x)
     accelerated = copy.deepcopy(plain)
     assert accelerate(accelerated, families=[OnFeatures()] if case == "semseg_head" else []).accelerated
-    x = torch.randn(batch, channels, size, size, device=device).to(dtype).contiguous(memory_format=layout)
     return x, plain, accelerated
 
 

@@ -4,10 +4,11 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from workloads import BINS, WORKLOADS
+from measuring import parameters_as_tensors
+from selection import quick
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PPM
+from pspnet_fast import PPM, testing
 from pspnet_fast.backends import ops
 from pspnet_fast.nn.plain_ppm import PlainPPM
 
@@ -31,6 +32,8 @@ def _modules(workload, memory_format, device, dtype, training):
     plain = PlainPPM(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)
     for level in plain.features:
         torch.nn.init.uniform_(level[2].running_var, 0.001, 0.01)
+    if training:
+        testing.clear_of_kinks(plain, x)
     ours = PPM(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)
     for_compile = _PlainForCompile(shape.channels, shape.reduced, BINS).to(device, dtype).train(training)
     ours.load_state_dict(plain.state_dict())
@@ -44,6 +47,7 @@ def _plain(module):
     return lambda x: wide(x) if x.dtype == torch.float64 else module(x)
 
 
+@quick("ppm")
 def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
     x, plain, ours, _ = _modules(workload, memory_format, device, dtype, training=False)
     shape = WORKLOADS[workload]
@@ -60,6 +64,7 @@ def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
     )
 
 
+@quick("ppm")
 def bench_training(measure, workload, memory_format, provider, device, dtype):
     """Forward and backward, gradients of the features and of every parameter."""
     x, plain, ours, for_compile = _modules(workload, memory_format, device, dtype, training=True)

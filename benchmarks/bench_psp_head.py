@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from measuring import parameters_as_tensors
+from selection import quick
 from torch import nn
-from workloads import BINS, WORKLOADS
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PSPHead
+from pspnet_fast import PSPHead, testing
 from pspnet_fast.backends import ops
 from pspnet_fast.nn.conv2d import weight_gradient
 from pspnet_fast.nn.plain_ppm import PlainPPM
@@ -35,13 +36,18 @@ def _heads(workload, memory_format, device, dtype, training):
         nn.init.uniform_(norm.running_var, 0.001, 0.01)
     plain = _PlainHead(PlainPPM(shape.channels, shape.reduced, BINS), copy.deepcopy(ours.cls))
     plain.load_state_dict(ours.state_dict())
-    return x, *(m.to(device, dtype, memory_format=layout).train(training) for m in (ours, plain))
+    ours, plain = (m.to(device, dtype, memory_format=layout).train(training) for m in (ours, plain))
+    if training:
+        testing.clear_of_kinks(plain.ppm, x)
+        ours.load_state_dict(plain.state_dict())
+    return x, ours, plain
 
 
 def _moved(x, module, written):
     return x.nbytes + sum(p.nbytes for p in module.parameters()) + written
 
 
+@quick("head")
 def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
     x, ours, plain = _heads(workload, memory_format, device, dtype, training=False)
     wide = copy.deepcopy(plain).double()

@@ -4,11 +4,12 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from measuring import parameters_as_tensors
+from selection import whole_network
 from torch import nn
-from workloads import BINS, WORKLOADS
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS, parameters_as_tensors
-from pspnet_fast import PSPNet
+from pspnet_fast import PSPNet, testing
 from pspnet_fast.backends import ops
 from pspnet_fast.nn.plain_ppm import PlainPPM
 
@@ -46,9 +47,14 @@ def _networks(workload, memory_format, device, dtype, training):
     plain = _Plain(ours)
     x = torch.randn(shape.batch, 3, 8 * shape.height - 7, 8 * shape.width - 7, device=device)
     x = x.to(dtype).contiguous(memory_format=layout)
-    return x, *(net.to(device, dtype, memory_format=layout).train(training) for net in (ours, plain))
+    ours, plain = (net.to(device, dtype, memory_format=layout).train(training) for net in (ours, plain))
+    if training:
+        testing.clear_of_kinks(plain, x)
+        ours.load_state_dict(plain.state_dict())
+    return x, ours, plain
 
 
+@whole_network
 def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
     """To labels. What is gated are their probabilities."""
     x, ours, plain = _networks(workload, memory_format, device, dtype, training=False)
@@ -69,6 +75,7 @@ def bench_evaluation(measure, workload, memory_format, provider, device, dtype):
     )
 
 
+@whole_network
 def bench_training(measure, workload, memory_format, provider, device, dtype):
     """Forward with both losses and the labels, and backward to every parameter."""
     x, ours, plain = _networks(workload, memory_format, device, dtype, training=True)

@@ -1,9 +1,9 @@
 """pyramid_conv2d: the pyramid's half of the bottleneck, a 3x3 convolution to 512 channels, without the upsampled levels."""
 
 import torch
-from workloads import BINS, WORKLOADS
+from selection import quick
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import pyramid_conv2d
 
@@ -28,6 +28,7 @@ def _bench(measure, workload, memory_format, provider, device, dtype, backward):
     )
 
 
+@quick("head")
 def bench_forward(measure, workload, memory_format, provider, device, dtype):
     _bench(measure, workload, memory_format, provider, device, dtype, backward=False)
 

@@ -1,12 +1,14 @@
 """pyramid_norm: the batch norms of all levels, in training."""
 
 import torch
+from selection import quick
 from workloads import BINS, WORKLOADS
 
 from pspnet_fast import testing
 from pspnet_fast.functional import pyramid_norm
 
 
+@quick("ops")
 def bench_forward_backward(measure, workload, provider, device, dtype):
     shape = WORKLOADS[workload]
     y = torch.randn(shape.batch, sum(b * b for b in BINS), shape.reduced, device=device).to(dtype)

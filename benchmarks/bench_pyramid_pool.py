@@ -1,9 +1,9 @@
 """pyramid_pool: every level in one read of x."""
 
 import torch
-from workloads import BINS, WORKLOADS
+from selection import quick
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import pyramid_pool
 
@@ -32,6 +32,7 @@ def bench_forward(measure, workload, memory_format, provider, device, dtype):
     _run(measure, "pyramid_pool forward", provider, memory_format, workload, x, x.nbytes, False)
 
 
+@quick("ops")
 def bench_forward_backward(measure, workload, memory_format, provider, device, dtype):
     x = _features(workload, memory_format, device, dtype)
     _run(measure, "pyramid_pool forward + backward", provider, memory_format, workload, x, 2 * x.nbytes, True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from selection import quick
 from workloads import BINS, WORKLOADS
 
 from pspnet_fast import testing
@@ -11,6 +12,7 @@ CELLS = sum(b * b for b in BINS)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
+@quick("ops", backward=True)
 def bench_projection(measure, workload, provider, device, dtype, backward):
     shape = WORKLOADS[workload]
     pyramid = torch.randn(shape.batch, CELLS, shape.channels, device=device).to(dtype)

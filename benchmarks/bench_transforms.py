@@ -2,8 +2,7 @@
 
 "plain" is semseg's chain of util/transform.py, every step on the whole picture in float32, with OpenCV; "ours" is
 `augment`, on the same draws. In "read and augment" the picture (a JPEG) and its labels (a PNG) are read, too, the plain way
-by OpenCV. A round is the same 24 pictures for both, which take turns; pytest-benchmark's table has a round's time, and what
-is printed below it the medians per picture.
+by OpenCV. A round is the same 24 pictures for both, which take turns; a row has a round's time.
 """
 
 import statistics
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from measuring import ROWS
 
 from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.data.datasets import find_dataset, read_sample
@@ -115,7 +115,11 @@ def bench_transforms(benchmark, dataset, work, transforms):
 
     benchmark.group = f"{work}, {PICTURES} pictures {HEIGHT}x{WIDTH} to a crop of {CROP}"
     benchmark.pedantic(plain if transforms == "plain" else fast, setup=before_each_round, rounds=15, warmup_rounds=1)
+    if benchmark.disabled:
+        return
     seconds = benchmark.stats.stats.median
+    row = {"work": f"{work}, {PICTURES} pictures {HEIGHT}x{WIDTH} to a crop of {CROP}, one thread", "format": "HWC"}
+    row |= {"provider": transforms, "ms": 1e3 * seconds, "ratio": statistics.median(baseline) / seconds}
+    ROWS.append({**row, "baseline": "semseg's chain"})
     benchmark.extra_info["images/s"] = round(PICTURES / seconds, 1)
     benchmark.extra_info["times plain's speed"] = round(statistics.median(baseline) / seconds, 2)
-    print(f"\n{work}, {transforms}: {benchmark.extra_info}")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from workloads import WORKLOADS
+from selection import quick
+from workloads import FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import upsample_argmax
 
@@ -26,6 +26,7 @@ def _size(workload):
     return 8 * (WORKLOADS[workload].height - 1) + 1, 8 * (WORKLOADS[workload].width - 1) + 1
 
 
+@quick("labels", kind="smooth")
 @pytest.mark.parametrize("kind", ["noise", "smooth"])
 def bench_labels(measure, workload, memory_format, provider, device, dtype, kind):
     """The gate compares float tensors: labels of 32 bits are shown as such, bit by bit."""

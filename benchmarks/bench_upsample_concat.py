@@ -1,9 +1,9 @@
 """upsample_concat: every level upsampled beside x, each output written once."""
 
 import torch
-from workloads import BINS, WORKLOADS
+from selection import quick
+from workloads import BINS, FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import upsample_concat
 
@@ -14,6 +14,7 @@ def _inputs(workload, memory_format, device, dtype):
     return x, torch.randn(shape.batch, sum(b * b for b in BINS), shape.reduced, device=device).to(dtype)
 
 
+@quick("ops")
 def bench_forward(measure, workload, memory_format, provider, device, dtype):
     x, pyramid = _inputs(workload, memory_format, device, dtype)
     written = x.nbytes + len(BINS) * pyramid.shape[2] * x.nbytes // x.shape[1]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from workloads import WORKLOADS
+from selection import quick
+from workloads import FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast import testing
 from pspnet_fast.functional import upsample_cross_entropy
 
@@ -35,6 +35,7 @@ def bench_forward(measure, workload, memory_format, provider, device, dtype, cla
     _measure(measure, workload, memory_format, provider, device, dtype, classes, False)
 
 
+@quick("loss", classes=150)
 @pytest.mark.parametrize("classes", CLASSES)
 def bench_backward(measure, workload, memory_format, provider, device, dtype, classes):
     _measure(measure, workload, memory_format, provider, device, dtype, classes, True)

@@ -2,14 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from workloads import WORKLOADS
+from selection import quick
+from workloads import FORMATS, WORKLOADS
 
-from conftest import FORMATS
 from pspnet_fast.functional import upsample_softmax_add
 
 CLASSES, WINDOWS = 150, 2
 
 
+@quick("ops")
 def bench_forward(measure, workload, memory_format, provider, device, dtype):
     shape = WORKLOADS[workload]
     logits = torch.randn(WINDOWS, CLASSES, shape.height, shape.width, device=device).to(dtype)

@@ -1,47 +1,74 @@
-"""How the benchmarks measure: a correctness gate, then rounds in which plain PyTorch and the provider take turns.
+"""The command line of the benchmarks, and what they print: each row as soon as it is measured, and a table at the end.
 
-    pytest benchmarks --benchmark-only                  the standard workload on this machine's default device
-    pytest benchmarks --benchmark-only --workload all
+    pytest benchmarks --benchmark-only                          the quick set: under five minutes on two cores
+    pytest benchmarks --benchmark-only --set all                everything: torch.compile, other people's modules, networks
+    pytest benchmarks/bench_ppm.py --benchmark-only             all of a file
+    pytest benchmarks --benchmark-only --workload resnet18_473  another shape of workloads.py
 
-Every round runs eager PyTorch in the same memory format once, then the provider once: the ratio of the two medians is what
-the machine's other load disturbs least. The summary is a Markdown table, with the machine in its heading.
+The summary is a Markdown table, with the machine in its heading. With --benchmark-disable the gates run alone, without times.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers of a cold compilation would share our cores
 
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import selection
 import torch
-from workloads import WORKLOADS
+from measuring import ROWS, Measure, machine
+from workloads import FORMATS, WORKLOADS, seed_of
 
-import pspnet_fast
-from pspnet_fast import testing, use_backend
+HERE = Path(__file__).parent
+LEGEND = (
+    "provider: who computed; cpu, cuda and triton are ours. ms: the median time. times eager's speed: plain PyTorch's median",
+    "time, taken in turns with it, over that. GB/s: the bytes that must move, over that. peak extra MB: what tensors take at",
+    "most beyond the inputs, the result included. Wrong results have no row: an accuracy gate comes before each time.",
+)
 
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-ROWS: list[dict[str, Any]] = []
+
+class Printed:
+    """How much of this session has been printed."""
+
+    reporter: Any = None
+    benchmarks: tuple[str, ...] = ()  # node ids, in the order in which they run
+    left_out = 0
+    rows = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pspnet_fast")
     names = ", ".join(WORKLOADS)
+    group.addoption(
+        "--set",
+        choices=selection.SETS,
+        default=None,
+        help="which benchmarks run (default: quick; all of those in a file that is named, or chosen by -k or -m)",
+    )
     group.addoption("--workload", action="append", default=[], help=f"one of {names}, or all (default ade20k_473)")
+    group.addoption(
+        "--provider",
+        action="append",
+        default=[],
+        choices=("eager", "compile", "cpu", "cuda", "triton"),
+        help="who is measured, several times for several (default: our backends in the quick set, else all)",
+    )
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--dtype", default=None, help="default bfloat16 on cuda, float32 on cpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick set has rows and a table of its own: --benchmark-verbose prints pytest-benchmark's, too, one for each row."""
+    if selection.quick_alone(config):
+        config.option.benchmark_quiet = True
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    device = config.getoption("--device")
     if "workload" in metafunc.fixturenames:
         standard = getattr(metafunc.function, "standard_workload", "ade20k_473")
         chosen = config.getoption("--workload") or [standard]
@@ -49,8 +76,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "memory_format" in metafunc.fixturenames:
         metafunc.parametrize("memory_format", list(FORMATS))
     if "provider" in metafunc.fixturenames:
-        ours = ["cpu"] if device == "cpu" else ["triton", "cuda"]
-        metafunc.parametrize("provider", ["eager", "compile", *ours])
+        chosen = selection.providers(config.getoption("--device"), config.getoption("--provider"))
+        metafunc.parametrize("provider", chosen)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that run beside the benchmarks keep their places."""
+    places = [i for i, item in enumerate(items) if item.path.is_relative_to(HERE)]
+    benchmarks = [items[i] for i in places]
+    kept = sorted((item for item in benchmarks if selection.chosen(item, config)), key=selection.order)
+    left_out = [item for item in benchmarks if item not in kept]
+    for i, item in zip(places, kept, strict=False):
+        items[i] = item
+    for i in reversed(places[len(kept) :]):
+        del items[i]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+    Printed.reporter = config.pluginmanager.get_plugin("terminalreporter")
+    Printed.benchmarks, Printed.left_out = tuple(item.nodeid for item in kept), len(left_out)
+
+
+def pytest_report_collectionfinish() -> list[str]:
+    if not Printed.left_out:
+        return []
+    count, every = len(Printed.benchmarks), len(Printed.benchmarks) + Printed.left_out
+    return [f"the quick set: {count} of {every} benchmarks; --set all, a file's name, or -k runs the others"]
 
 
 @pytest.fixture
@@ -64,152 +115,66 @@ def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _rounds(seconds: float) -> int:
-    """How often to measure what takes so long: 60 times at most, 5 at least, and 15 where that does not take minutes."""
-    return max(5, min(60, int(3 / seconds)), min(15, int(30 / seconds)))
-
-
-def parameters_as_tensors(module: torch.nn.Module) -> Callable[..., Any]:
-    """The module as a function of its argument (or tuple of them) and its parameters, in their dtype: in float64, too."""
-    names = [name for name, _ in module.named_parameters()]
-    modules = {torch.float64: copy.deepcopy(module).double()}
-
-    def call(x: torch.Tensor | tuple[torch.Tensor, ...], *parameters: torch.Tensor) -> Any:
-        chosen = modules.get(parameters[0].dtype, module)
-        return torch.func.functional_call(chosen, dict(zip(names, parameters, strict=True)), x)
-
-    return call
-
-
-class Measure:
-    """Gate, then time, one provider at one workload."""
-
-    def __init__(self, benchmark: Any, device: str) -> None:
-        self.benchmark, self.device = benchmark, device
-
-    def __call__(
-        self,
-        work: str,
-        provider: str,
-        memory_format: str,
-        ours: Callable[..., torch.Tensor],
-        plain: Callable[..., torch.Tensor],
-        tensors: Sequence[torch.Tensor],
-        ops: Sequence[str],
-        moved: int,
-        backward: bool = False,
-        compiled: Callable[..., torch.Tensor] | None = None,
-        gated: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None,
-    ) -> None:
-        """Measure `provider` against `plain`.
-
-        Args:
-            work: what is measured, with its workload: the rows of one kind.
-            provider: "eager", "compile" (of `compiled`, or of `plain`) or one of our backends.
-            memory_format: a key of FORMATS; `tensors` are in it already.
-            ours: our function of the tensors.
-            plain: PyTorch's, the baseline.
-            tensors: arguments, on the device; with `backward`, what gradients are taken of.
-            ops: the ops of ours that run.
-            moved: bytes that must move, for GB/s.
-            backward: whether a backward pass belongs to the work.
-            compiled: what torch.compile gets, where it cannot take `plain`.
-            gated: what the gate compares, where it is not `ours` and `plain`: a value that tells more than labels do.
-        """
-        if provider not in ("eager", "compile"):
-            for op in ops:
-                if reason := testing.unavailable(op, provider, tensors[0].dtype):
-                    pytest.skip(f"{provider}: {reason}")
-        function = {"eager": plain, "compile": compiled or plain}.get(provider, ours)
-        if provider == "compile":
-            torch.compiler.reset()
-            function = torch.compile(function, fullgraph=True)
-        backend = provider if provider not in ("eager", "compile") else None
-        leaves = [t.detach().requires_grad_(backward) for t in tensors]
-        cotangent = torch.randn_like(plain(*tensors).detach()) if backward else None
-        if cotangent is not None and cotangent.dim() == 4:
-            # As the layer that follows gives it: in the features' format, whatever format the output came in.
-            cotangent = cotangent.contiguous(memory_format=FORMATS[memory_format])
-
-        def call(function: Callable[..., torch.Tensor]) -> None:
-            if backward:
-                torch.autograd.grad(function(*leaves), leaves, cotangent)
-            else:
-                with torch.inference_mode():
-                    function(*leaves)
-            synchronise(self.device)
-
-        with use_backend(backend):
-            if backend:
-                self.gate(*(gated or (function, plain)), tensors, cotangent)
-            for _ in range(3):
-                call(function)
-            memory = testing.peak_memory(lambda: call(function), self.device)
-            baseline: list[float] = []
-
-            def before_each_round() -> None:
-                with use_backend(None):
-                    start = time.perf_counter()
-                    call(plain)
-                    baseline.append(time.perf_counter() - start)
-
-            start = time.perf_counter()
-            call(plain)
-            rounds = _rounds(time.perf_counter() - start)
-            self.benchmark.group = f"{work}, {memory_format}"
-            self.benchmark.pedantic(call, args=(function,), setup=before_each_round, rounds=rounds)
-        median = self.benchmark.stats.stats.median
-        row = {
-            "work": work,
-            "format": memory_format,
-            "provider": provider,
-            "ms": 1e3 * median,
-            "ratio": statistics.median(baseline) / median,
-            "GB/s": moved / median / 1e9,
-            "MB": memory / 1e6,
-        }
-        self.benchmark.extra_info.update(row)
-        ROWS.append(row)
-
-    def gate(
-        self,
-        function: Callable[..., torch.Tensor],
-        plain: Callable[..., torch.Tensor],
-        tensors: Sequence[torch.Tensor],
-        cotangent: torch.Tensor | None,
-    ) -> None:
-        """No time of ours without the accuracy rule being met in the same run."""
-        results = testing.evaluate(function, tensors, cotangent)
-        same_dtype = testing.evaluate(plain, tensors, cotangent)
-        exact = testing.evaluate(
-            plain, [t.double() for t in tensors], None if cotangent is None else cotangent.double()
-        )
-        for i, parts in enumerate(zip(results, same_dtype, exact, strict=True)):
-            testing.assert_within(*parts, "value" if i == 0 else f"gradient {i - 1}")
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Of the work alone: every provider, in either memory format, gets the same numbers, in whatever order they run."""
+    parameters = getattr(request.node, "callspec", None)
+    given = {} if parameters is None else parameters.params
+    work = [f"{name}={given[name]}" for name in sorted(given) if name not in ("provider", "memory_format")]
+    torch.manual_seed(seed_of(request.node.path.stem, request.node.originalname, *work))
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: str) -> Measure:
-    return Measure(benchmark, device)
+def measure(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Measure:
+    return Measure(benchmark, device, quick=Printed.left_out > 0)
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        with open("/proc/cpuinfo") as info:
-            models = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return (
-        f"{name}; torch {torch.__version__}, pspnet_fast {pspnet_fast.__version__}, Python {platform.python_version()}"
-    )
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Rows stand for the dots; -v prints pytest's words as ever."""
+    if report.nodeid not in Printed.benchmarks or (report.when != "call" and report.passed):
+        return None
+    return report.outcome, "", report.outcome.upper()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    """A number before the benchmark begins, so that a slow one is seen to run, where pytest would write the file's name."""
+    if nodeid in Printed.benchmarks and Printed.reporter.verbosity <= 0:
+        place, count = Printed.benchmarks.index(nodeid) + 1, len(Printed.benchmarks)
+        Printed.reporter.ensure_newline()
+        Printed.reporter.write(f"[{place:>{len(str(count))}}/{count}] ", flush=True)
+        Printed.reporter.currentfspath = Printed.reporter.config.rootpath / location[0]  # as if it were written
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Between the phases of a test nothing is captured: what is written here is seen at once."""
+    if report.nodeid not in Printed.benchmarks:
+        return
+    if report.failed:
+        reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", "no reason")
+        _line(f"failed in its {report.when}: {reason.splitlines()[0]}")
+    elif report.skipped:
+        _line(f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}")
+    elif report.when == "call":
+        for row in ROWS[Printed.rows :]:
+            _line(
+                f"{row['work']}, {row['format']}, {row['provider']}: {row['ms']:.2f} ms, "
+                f"{row['ratio']:.2f} times as fast as {row.get('baseline', 'eager PyTorch')}"
+            )
+        if len(ROWS) == Printed.rows:
+            _line("the gate holds")
+        Printed.rows = len(ROWS)
+
+
+def _line(text: str) -> None:
+    """A line of its own with -v, else the rest of the one with the number."""
+    if Printed.reporter.verbosity <= 0:
+        Printed.reporter.currentfspath = None
+    Printed.reporter.write_line(text)
+    Printed.reporter.flush()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not ROWS:
         return
@@ -220,7 +185,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write("| work | format | provider | ms | times eager's speed | GB/s | peak extra MB |")
     write("|---|---|---|---|---|---|---|")
     for row in ROWS:
+        rest = " | ".join(f"{row[key]:.1f}" if key in row else "" for key in ("GB/s", "MB"))
         write(
-            f"| {row['work']} | {row['format']} | {row['provider']} | {row['ms']:.2f} | {row['ratio']:.2f} "
-            f"| {row['GB/s']:.1f} | {row['MB']:.1f} |"
+            f"| {row['work']} | {row['format']} | {row['provider']} | {row['ms']:.2f} | {row['ratio']:.2f} | {rest} |"
         )
+    write("")
+    for line in LEGEND:
+        write(line)
+    for name, shape in WORKLOADS.items():
+        if any(name in row["work"].replace(",", "").split() for row in ROWS):
+            write(f"{name}: features {'x'.join(map(str, shape.size))}, {shape.reason}")

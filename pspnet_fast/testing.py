@@ -6,11 +6,14 @@ The rule: error against float64 at most twice the error that plain PyTorch makes
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .backends import BACKENDS, Refusal, directions, emulated, find, interpreted, refusal, use_backend
 from .geometry import levels
@@ -270,6 +273,75 @@ def assert_as_accurate(
     for name, mine, theirs, truth in zip(names, results, same_dtype, exact, strict=False):
         assert_within(mine, theirs, truth, name)
     return results
+
+
+FEW = 1024  # values of a channel; between the middle ones of so many there is still a gap of many rounding steps
+NARROW = 1 / 32  # half a gap that is too narrow, in standard deviations of the values
+
+
+@torch.no_grad()
+def clear_of_kinks(module: nn.Module, x: torch.Tensor) -> None:
+    """Change a module a little, so that on `x`, in training, rounding decides nothing: what gradients can be compared on.
+
+    Where a ReLU's argument is zero to within rounding, its gradient is there in one computation and not in the other, both as
+    exact as they can be. So every bias of a channel of few values (a level's: N times b squared) is moved to where zero falls
+    into the widest gap between the middle ones, or below them all where they are all alike.
+
+    The two values of bin 1 in a batch of two, y + d and y - d, become d / sqrt(d^2 + eps) and the opposite. Near d = 0 that
+    takes the sign, and the size of its derivative (up to 1 / sqrt(eps), 316), from the rounding of y: one such channel decides
+    the largest error, of plain PyTorch's as of anybody's. As d is the weight's product with half the difference of the two
+    pooled images, the weight gets as much of that difference as |d| needs to be half of what it is in other channels.
+
+    Args:
+        module: a plain module, in training, which calls its children; convolutions and norms, of any dtype, are changed in
+            place. Take its state_dict afterwards.
+        x: what it will be called with.
+    """
+    wide = copy.deepcopy(module).double()
+    for original, copied in zip(module.modules(), wide.modules(), strict=True):
+        if type(copied) is nn.Conv2d:
+            copied.register_forward_hook(functools.partial(_tell_two_apart, original))
+        if isinstance(copied, nn.Conv2d | nn.modules.batchnorm._BatchNorm | nn.GroupNorm) and copied.bias is not None:
+            copied.register_forward_hook(functools.partial(_put_zero_into_a_gap, original))
+    wide(x.double())
+
+
+def _tell_two_apart(original: Any, copied: nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor) -> Any:
+    """Of bin 1 in a batch of two: no channel in which both are alike, unless the images are."""
+    if out.shape[0] * out.shape[2:].numel() != 2 or original.kernel_size != (1, 1) or original.groups != 1:
+        return None
+    first, second = inputs[0].transpose(0, 1).flatten(1).unbind(1)
+    this, other = out.transpose(0, 1).flatten(1).unbind(1)
+    difference, d = (first - second) / 2, (this - other) / 2
+    if difference.norm() < 1e-3 * first.norm():
+        return None
+    wanted = d.abs().clamp(min=0.5 * d.square().mean().sqrt()).copysign(d)
+    more = ((wanted - d)[:, None] * difference / difference.square().sum())[:, :, None, None]
+    return _change(original, copied, "weight", original.weight.double() + more, inputs)
+
+
+def _put_zero_into_a_gap(original: nn.Module, copied: Any, inputs: tuple[torch.Tensor], out: torch.Tensor) -> Any:
+    count = out.numel() // out.shape[1]
+    if not 2 <= count <= FEW:
+        return None
+    if isinstance(copied, nn.modules.batchnorm._BatchNorm):
+        out = nn.modules.batchnorm._BatchNorm.forward(copied, *inputs)  # without the activation of a class of its own
+    values = out.transpose(0, 1).flatten(1).sort(1).values
+    outside = (count - 1) // 4
+    width, place = values.diff(dim=1)[:, outside : count - 1 - outside].max(1)
+    below = (place + outside)[:, None]
+    zero = (values.gather(1, below) + values.gather(1, below + 1))[:, 0] / 2
+    scale = out.std()
+    zero = torch.where(width / 2 < NARROW * scale, values[:, 0] - scale, zero)
+    return _change(original, copied, "bias", copied.bias - zero, inputs)
+
+
+def _change(original: Any, copied: Any, name: str, value: torch.Tensor, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Set a parameter in both, rounded as the original is; what the module makes of its inputs then."""
+    getattr(original, name).copy_(value)
+    getattr(copied, name).copy_(getattr(original, name))
+    result: torch.Tensor = copied.forward(*inputs)
+    return result
 
 
 def peak_memory(function: Callable[[], object], device: str) -> int:

@@ -51,6 +51,10 @@ def compare(ours, plain, x, backend, training):
 
 
 def _run(ours, plain, x, backend, training):
+    ours, plain = copy.deepcopy(ours), copy.deepcopy(plain)
+    if training:
+        testing.clear_of_kinks(plain.train(), x)  # rounding must not decide on which side of zero a level's value falls
+        ours.load_state_dict(plain.state_dict())
     cotangent = torch.randn(plain.eval()(x).shape)
     runs = {}
     for name, module, dtype, where in (
@@ -74,6 +78,10 @@ def _run(ours, plain, x, backend, training):
 def test_equals_plain(backend, training, memory_format):
     bins, size = ((1, 3), (2, 12, 5, 7)) if backend == "triton" and interpreted() else ((1, 2, 3, 6), (8, 12, 13, 10))
     x = torch.randn(size).contiguous(memory_format=memory_format)
+    if len(x) == 2:
+        # Bin 1's two values are y + d and y - d, normalised d / sqrt(d^2 + eps). Where d is much larger than the root of eps,
+        # its gradient is what two large terms leave: noise, plain PyTorch's as anybody's. Here d is of the root's size.
+        x = x / 50
     # Enough channels that the largest error of plain PyTorch says what its errors are like.
     out = compare(*pair(bins, reduction_dim=40), x, backend, training)
     assert out.is_contiguous(memory_format=memory_format)
