@@ -28,7 +28,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 def files(tmp_path_factory):
     """Both files, an image, and what the network makes of it."""
     for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'pspnet_fast[onnx]'")
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install --no-build-isolation '.[onnx]'")
     torch.manual_seed(0)
     # Norms as they are made: with random weights and the batches' own statistics, float32 itself is off by more than the gate.
     net = PSPNet(50, classes=CLASSES).eval()

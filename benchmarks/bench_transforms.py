@@ -14,11 +14,12 @@ import pytest
 import torch
 from measuring import ROWS
 
+from pspnet_fast.data.augmentation import Augmentation
 from pspnet_fast.data.classes import CLASSES
 from pspnet_fast.data.datasets import find_dataset, read_sample
 from pspnet_fast.data.normalisation import MEAN, STD
 from pspnet_fast.data.picture import draw_street
-from pspnet_fast.data.transforms import Augmentation, augment, init_worker
+from pspnet_fast.data.transforms import augment, init_worker
 
 HEIGHT, WIDTH, CROP = 512, 683, 473
 PICTURES = 24

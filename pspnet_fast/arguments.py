@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from .config import MANY, ConfigError, Recipe, check_between
+from .extras import install
 from .placement import Precision
+from .protocol import BOUNDS
 from .schema import nearest, shown
 
 Settings = TypeVar("Settings")
@@ -61,7 +63,7 @@ class Evaluating:
 
     def __post_init__(self) -> None:
         check_between(self, 1, MANY, "images")
-        check_between(self, 1, 2**12, "windows")
+        check_between(self, *BOUNDS["batch_size"], "windows")
 
 
 def recipes() -> list[str]:
@@ -99,7 +101,7 @@ def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str
     try:
         from jsonargparse import ArgumentError, ArgumentParser
     except ImportError as error:
-        raise ImportError(f"recipes need jsonargparse ({error}): pip install 'pspnet_fast[train]'") from error
+        raise ImportError(f"recipes need jsonargparse ({error}): {install('train')}") from error
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.usage = f"{prog} CONFIG [--option VALUE ...]"
     parser.add_argument("--config", action="config", help="a YAML file of settings, in place of CONFIG or over it")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .extras import install
 from .preference import preferred
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -106,7 +107,7 @@ def find(op: str, direction: str, backend: str) -> Callable[..., Any] | Refusal:
         function: Callable[..., Any] = getattr(_module(op, backend), name)
     except ModuleNotFoundError as error:
         if error.name == "triton":
-            return NotBuilt("triton is not installed: pip install 'pspnet_fast[triton]'")
+            return NotBuilt(f"triton is not installed: {install('triton')}")
         if error.name == f"{_PACKAGE}.kernels.{op}":
             return Refusal(f"{op} has no Triton kernel")
         raise

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .extras import install
+
 try:
     from matplotlib.figure import Figure
     from PIL import Image
 except ImportError as error:
-    raise ImportError(f"charts need matplotlib and Pillow ({error}): pip install 'pspnet_fast[train]'") from error
+    raise ImportError(f"charts need matplotlib and Pillow ({error}): {install('train')}") from error
 
 NAMED = 40  # classes, up to which the confusion matrix names them
 GAP = 8  # pixels between pictures

@@ -20,7 +20,7 @@ from .files import check_target
 from .models.checkpoint import read_checkpoint
 from .models.pspnet import PSPNet
 from .protocol import BOUNDS, SCALES, Protocol, check_protocol
-from .terminal import say
+from .terminal import Formatter, say
 
 CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
@@ -82,40 +82,46 @@ def _run(argv: Sequence[str]) -> int:
     return runs[args.command](args)
 
 
+def _log_to_the_terminal() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 def _train(argv: Sequence[str]) -> int:
     """Train; the exit status.
 
     0; 1 where a loss was not finite, or a validation failed of a training that is whole; 2 where nothing could start or go
     on; 130 and 143 where Ctrl-C or SIGTERM ended it, after saving.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_the_terminal()
     try:
         from . import arguments, train
     except ImportError as error:
-        print(f"pspnet-fast train: {error}", file=sys.stderr)
+        say(f"pspnet-fast train: {error}", sys.stderr)
         return 2
     try:
         recipe, run = arguments.parse("pspnet-fast train", argv, train.Run, "Train PSPNet by a recipe.")
         result = train.train(recipe, run)
     except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        print(f"pspnet-fast train: {error or type(error).__name__}", file=sys.stderr)
+        say(f"pspnet-fast train: {error or type(error).__name__}", sys.stderr)
         return 1 if isinstance(error, train.TrainingError) else 2
     except KeyboardInterrupt:
-        print("pspnet-fast train: ended by Ctrl-C; --resume auto goes on from the last snapshot", file=sys.stderr)
+        say("pspnet-fast train: ended by Ctrl-C; --resume auto goes on from the last snapshot", sys.stderr)
         return 130
     if result.signal is not None and not result.finished:
         name = "Ctrl-C" if result.signal == signal.SIGINT else "SIGTERM"
-        print(
+        say(
             f"pspnet-fast train: ended by {name} after iteration {result.iteration}, which is saved; --resume auto goes on",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 128 + result.signal
     if result.failed:
         iteration, reason = result.failed[-1]
-        print(
+        say(
             f"pspnet-fast train: all {result.iteration} iterations are done and saved, but {len(result.failed)} of the "
             f"validations failed, the last at iteration {iteration}: {reason}; --resume auto repeats that of the end",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 1
     return 0
@@ -123,7 +129,7 @@ def _train(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     """Exit status 0; 2 where nothing could start or go on, or what was found and printed cannot be written."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_the_terminal()
     try:
         from . import arguments, config, evaluate, placement
         from .data.datasets import check_dataset
@@ -185,10 +191,15 @@ def _evaluate(argv: Sequence[str]) -> int:
 def _add_scenes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder, which gets ADE20K's layout")
     parser.add_argument(
-        "--images", type=int, default=1000, help="training images; a fifth as many validate (default 1000)"
+        "--images",
+        type=int,
+        default=1000,
+        help="training images, a million at most; a fifth as many validate (default 1000)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
-    parser.add_argument("--size", type=int, nargs=2, default=(192, 144), metavar=("WIDTH", "HEIGHT"), help="in pixels")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(192, 144), metavar=("WIDTH", "HEIGHT"), help="in pixels, from 48 to 2048"
+    )
 
 
 def _scenes(args: argparse.Namespace) -> int:
@@ -197,9 +208,9 @@ def _scenes(args: argparse.Namespace) -> int:
 
         write_scenes(args.folder, args.images, args.seed, *args.size)
     except (ImportError, OSError, ValueError) as error:
-        print(f"pspnet-fast scenes: {error}", file=sys.stderr)
+        say(f"pspnet-fast scenes: {error}", sys.stderr)
         return 2
-    print(f"{args.images} scenes to train on and {max(1, args.images // 5)} to validate, in {args.folder}")
+    say(f"{args.images} scenes to train on and {max(1, args.images // 5)} to validate, in {args.folder}")
     return 0
 
 

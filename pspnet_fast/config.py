@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from .data.augmentation import Augmentation
 from .data.classes import CLASSES, Classes
 from .data.datasets import IGNORED, Dataset, find_dataset
 from .data.scenes import SCENES
-from .data.transforms import Augmentation
 from .models.checkpoint import CheckpointError, fitted, read_checkpoint
 from .models.pspnet import PSPNet, Stages
 from .models.resnet import Dilation, Stem
 from .nn.losses import UpsampleCrossEntropyLoss
 from .nn.plain_ppm import Pooling
 from .nn.psp_head import Head
-from .predict import DEEP_CLASSES, Protocol
+from .predict import DEEP_CLASSES
+from .protocol import Protocol, check_protocol
 from .schema import from_plain, shown
 
 DatasetName = Literal["ade20k", "voc2012", "cityscapes", "scenes", "list"]
@@ -138,8 +139,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_between(self, 1, MANY, "layers", "iterations", "epochs")
         check_between(self, 2, 512, "width")
-        check_between(self, 1, 2**16, "batch_size", "classes", "base_size")
-        check_between(self, 1, 2**13, "crop")
+        check_between(self, 1, 2**16, "batch_size", "classes")
         check_between(self, 1, 2**14, "reduction_channels", "bottleneck_channels", "aux_channels")
         check_between(self, 0, MANY, "warmup", "ohem_min_kept")
         check_between(self, 0, LARGE, "aux_weight", "base_lr", "head_lr_factor", "weight_decay")
@@ -153,12 +153,14 @@ class Recipe:
             raise ConfigError("bin1_norm false needs pooling average and reduction")
         if self.crop < self.output_stride:
             raise ConfigError(f"crop must be at least output_stride = {self.output_stride}, got {self.crop}")
-        for name, most, count in (("bins", 2**8, 16), ("scales", 16, 32)):
-            values = getattr(self, name)
-            if not 1 <= len(values) <= count or not all(0 < value <= most for value in values):  # NaN is refused, too
-                raise ConfigError(
-                    f"{name} must be positive, at most {most} each, and 1 to {count} of them, got {shown([*values])}"
-                )
+        if not 1 <= len(self.bins) <= 16 or not all(0 < bins <= 2**8 for bins in self.bins):
+            raise ConfigError(f"bins must be from 1 to {2**8}, and 1 to 16 of them, got {shown([*self.bins])}")
+        if len(self.scales) > 32:
+            raise ConfigError(f"scales must be 32 at most, got {len(self.scales)}")
+        try:
+            check_protocol(protocol_of(self), "{}".format)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         varied = (*self.augmentation.scale, *(self.augmentation.aspect or ()))
         if not all(1 / 100 <= factor <= 100 for factor in varied):
             raise ConfigError(f"augmentation: scale and aspect must be from 0.01 to 100, got {shown([*varied])}")

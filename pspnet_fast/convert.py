@@ -19,8 +19,10 @@ from .checkpoints.load import OF_A_FOLDER, built, read
 from .checkpoints.settings import MOST_BINS, MOST_CLASSES, are_bins
 from .checkpoints.write import TARGETS, Written, written
 from .data import normalisation
+from .extras import install
 from .files import check_target, replacing
 from .models.checkpoint import FORMAT, write_checkpoint
+from .terminal import say
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             dilation=args.dilation,
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"pspnet-fast convert: {error}", file=sys.stderr)
+        say(f"pspnet-fast convert: {error}", sys.stderr)
         return 2
     return 0
 
@@ -92,7 +94,7 @@ def convert(
     reset_classifier: int | None = None,
     ema: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = say,
     **overrides: Any,
 ) -> None:
     """Read a checkpoint, write it by another family's names, and report.
@@ -207,7 +209,7 @@ def _save_safetensors(made: Written, path: Path, values: dict[str, str]) -> None
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"{path}: needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
+        raise ImportError(f"{path}: needs safetensors ({error}): {install('convert')}") from error
     # Each tensor its own, in order: safetensors refuses shared and strided memory.
     state = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in made.state.items()}
     with replacing(path) as temporary:

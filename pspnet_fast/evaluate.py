@@ -21,6 +21,7 @@ from torch import nn
 
 from .data.datasets import IGNORED, Dataset, DatasetError, Sample, read_sample
 from .distributed import together
+from .extras import install
 from .files import check_target, replacing
 from .metrics import ABSENT, Absent, Scores, confusion_matrix, scores
 from .predict import PictureError, colour, make_folder, one_line, save, save_labels
@@ -31,7 +32,7 @@ try:
     from PIL import Image
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"evaluate needs Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'") from error
+    raise ImportError(f"evaluate needs Pillow and tqdm ({error}): {install('train')}") from error
 
 WORST = 8  # pictures that are shown
 EARLIER = "[0-9][0-9]_[01].[0-9][0-9][0-9]_*.png"  # what they are called

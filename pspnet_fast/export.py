@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_map_size
 from .data import normalisation
+from .extras import install
 from .files import check_target, replacing
 from .geometry import bin_end, bin_start
 from .models.checkpoint import FORMAT
@@ -44,6 +45,7 @@ from .nn.levels import NORMS
 from .nn.plain_ppm import PlainPPM
 from .nn.ppm import PPM
 from .nn.psp_head import Head, beyond_the_factorised_form, check_head
+from .terminal import say
 
 Format = Literal["onnx", "pt2", "aoti"]
 Output = Literal["logits", "labels"]
@@ -356,12 +358,26 @@ def _not_exportable(net: PSPNet, size: tuple[int, int] | None, head: Head) -> st
     for name, module in (("ppm", ppm), ("cls", cls)):
         if reason := why_call(module):
             return f"{name} {reason}, and would not be called"
+    if _bins_of(ppm) != [*cast("Sequence[int]", ppm.bins)]:
+        return "ppm must have the levels that it was made with: average or maximum pooling, convolution, norm and ReLU each"
     if size is None and _pools_maxima(ppm):
         return "pooling='max' needs a size: the windows of any size are no standard operators"
     reason = beyond_the_factorised_form(cls[0])
     if head == "factorised" and reason:
         return f"cls.0 cannot be factorised, {reason}: head must be 'concat'"
     return None
+
+
+def _bins_of(ppm: nn.Module) -> list[int] | None:
+    """Bins of the levels as the modules are now; None where they are no such levels any more."""
+    if isinstance(ppm, PPM):
+        read = ppm.read()
+        return None if isinstance(read, str) else read[0]
+    pools = [level[0] for level in cast("list[nn.Sequential]", ppm.features)]
+    kinds = {type(pool) for pool in pools}
+    if kinds not in ({nn.AdaptiveAvgPool2d}, {nn.AdaptiveMaxPool2d}):
+        return None
+    return [cast(int, pool.output_size) for pool in pools]
 
 
 def _pools_maxima(ppm: nn.Module) -> bool:
@@ -512,9 +528,7 @@ def _onnx() -> Any:
         importlib.import_module("onnxscript")
         return importlib.import_module("onnx")
     except ImportError as error:
-        raise ImportError(
-            f"export: format 'onnx' needs onnx and onnxscript ({error}): pip install 'pspnet_fast[onnx]'"
-        ) from error
+        raise ImportError(f"export: format 'onnx' needs onnx and onnxscript ({error}): {install('onnx')}") from error
 
 
 def _write_onnx(onnx: Any, program: ExportedProgram, path: Path, output: Output, metadata: dict[str, str]) -> None:
@@ -634,7 +648,7 @@ def run(args: argparse.Namespace) -> int:
         net = load_checkpoint(args.weights, ema=args.ema)
         report = export(net, args.out, args.format, size, args.dynamic, args.head, args.output, args.force)
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
-        print(f"pspnet-fast export: {error}", file=sys.stderr)
+        say(f"pspnet-fast export: {error}", sys.stderr)
         return 2
-    print("\n".join(report))
+    say("\n".join(report))
     return 0

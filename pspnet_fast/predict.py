@@ -18,6 +18,7 @@ from torch import nn
 from .data import images
 from .data.classes import Classes
 from .data.images import MAX_PIXELS
+from .extras import install
 from .files import replacing
 from .models.checkpoint import bare_state_dict, read_checkpoint
 from .models.pspnet import PSPNet
@@ -35,7 +36,7 @@ try:
     from PIL import Image, ImageDraw, ImageFont
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"predict needs Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"predict needs Pillow and tqdm ({error}): {install('predict')}") from error
 
 PICTURES = images.SUFFIXES
 BYTE_CLASSES, DEEP_CLASSES = 2**8, 2**16  # whose labels fit into 8 and 16 bits

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .files import PART, check_target
 from .snapshot import BEST, LAST, PREVIOUS, SnapshotError
+from .terminal import Formatter
 
 LOCK, LOG = ".lock", "train.log"
 _MADE = (".pth", ".png")  # the endings of what a training writes by another name first
@@ -128,7 +129,7 @@ def _log(path: Path) -> Iterator[logging.Logger]:
         file = _File(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise SnapshotError(f"{path}: cannot be written: {error.strerror or error}") from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    file.setFormatter(Formatter("%(asctime)s %(message)s"))
     ours, lines = logging.getLogger(__package__), logging.getLogger(f"{__name__}.lines")
     # Where nobody has set up logging, warnings go to the terminal; a handler of ours would end that.
     last = None if ours.hasHandlers() else logging.lastResort

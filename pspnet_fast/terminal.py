@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import unicodedata
 from typing import TextIO
@@ -27,3 +28,10 @@ def say(text: object, file: TextIO | None = None) -> None:
     """`print`, on standard output where no file is given, of `printable` text."""
     file = sys.stdout if file is None else file
     print(printable(str(text), getattr(file, "encoding", None)), file=file)
+
+
+class Formatter(logging.Formatter):
+    """Lines of a log as `printable` text: they hold names of files, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -39,6 +39,7 @@ from .data.loader import Batch, Samples, Steps, batches, loader
 from .determinism import determinism, seed_step
 from .distributed import Processes, processes, together
 from .evaluate import Evaluation, evaluate
+from .extras import install
 from .models.pspnet import TrainingOutput
 from .nn.sync_batch_norm import convert_sync_batch_norm
 from .placement import Precision, autocast, device_of, placed
@@ -51,7 +52,7 @@ try:
     from PIL import Image
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"training needs Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'") from error
+    raise ImportError(f"training needs Pillow and tqdm ({error}): {install('train')}") from error
 
 _LOG = logging.getLogger(__name__)
 
@@ -494,7 +495,5 @@ class _Training:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                f"tensorboard is not installed ({error}): pip install 'pspnet_fast[tensorboard]'"
-            ) from error
+            raise ImportError(f"tensorboard is not installed ({error}): {install('tensorboard')}") from error
         return SummaryWriter(str(self.settings.output), purge_step=self.first + 1)

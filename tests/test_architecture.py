@@ -11,13 +11,14 @@ from pspnet_fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
 
-LEAVES = {"checks", "geometry", "files", "schema", "terminal", "tracing"}  # know nothing of the rest
+LEAVES = {"checks", "geometry", "extras", "files", "schema", "terminal", "tracing"}  # know nothing of the rest
 STACK = {"models", "nn", "functional", *LEAVES}
 
 # What each layer may import of the project. Layers are the first components below `pspnet_fast`, "" the package itself.
 MAY_IMPORT = {
     "geometry": set(),
     "checks": set(),
+    "extras": set(),
     "files": set(),
     "terminal": set(),
     "schema": set(),
@@ -25,27 +26,27 @@ MAY_IMPORT = {
     "reference": {"geometry"},
     "kernels": {"kernels"},
     "preference": {"geometry"},
-    "backends": {"preference", "reference"},  # the others lazily, by name
+    "backends": {"extras", "preference", "reference"},  # the others lazily, by name
     "ops": {"ops", "backends", *LEAVES},
     "functional": {"ops"},
     "nn": {"nn", "functional", *LEAVES},
     "models": {"models", "nn", "functional", *LEAVES},
     "integrations": {"integrations", "nn", "functional", *LEAVES},
     "checkpoints": {"checkpoints", "config", "data", "models", "nn"},
-    "convert": {"checkpoints", "data", "files", "models"},
+    "convert": {"checkpoints", "data", "models", *LEAVES},
     "export": {"checkpoints", "data", "models", "nn", *LEAVES},
-    "data": {"data"},
+    "data": {"data", "extras"},
     "metrics": LEAVES,
-    "charts": set(),
+    "charts": {"extras"},
     "protocol": {"data", *STACK},
     "predict": {"data", "protocol", *STACK},
     "evaluate": {"data", "distributed", "protocol", "predict", "metrics", "charts", *LEAVES},
-    "config": {"data", "predict", "models", "nn", "schema"},
+    "config": {"data", "predict", "protocol", "models", "nn", "schema"},
     "placement": {"config", "models", "nn", "schema"},
-    "arguments": {"config", "placement", "schema"},
+    "arguments": {"config", "extras", "placement", "protocol", "schema"},
     "distributed": set(),
     "snapshot": {"config", "models", "schema"},
-    "run_folder": {"files", "snapshot"},
+    "run_folder": {"files", "snapshot", "terminal"},
     "schedule": {"config", "models"},
     "determinism": set(),
     "signals": set(),
@@ -56,6 +57,7 @@ MAY_IMPORT = {
         "determinism",
         "distributed",
         "evaluate",
+        "extras",
         "models",
         "nn",
         "placement",

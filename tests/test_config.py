@@ -9,7 +9,7 @@ import yaml
 from pspnet_fast import config
 from pspnet_fast.arguments import Evaluating, find_recipe, parse, recipes
 from pspnet_fast.config import ConfigError, Recipe, dataset_of, plain, protocol_of, recipe_of, trained_network
-from pspnet_fast.data.transforms import Augmentation
+from pspnet_fast.data.augmentation import Augmentation
 from pspnet_fast.models.checkpoint import CheckpointError
 from pspnet_fast.models.resnet import LAYERS
 from pspnet_fast.nn.plain_ppm import PlainPPM

@@ -348,7 +348,7 @@ def test_matplotlib_is_missed_at_the_start_and_only_where_it_is_needed(net, data
     monkeypatch.delattr("pspnet_fast.charts", raising=False)
     run(net, dataset)
     monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", lambda *_: pytest.fail("pictures came first"))
-    with pytest.raises(ImportError, match=r"charts need matplotlib.*pip install 'pspnet_fast\[train\]'"):
+    with pytest.raises(ImportError, match=r"charts need matplotlib.*pip install --no-build-isolation '\.\[train\]'"):
         run(net, dataset, output=tmp_path)
 
 

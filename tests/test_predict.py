@@ -479,7 +479,7 @@ def test_16_bit_pictures_keep_their_grey_levels(tmp_path):
 def test_a_missing_extra_is_named_with_its_command(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(ImportError, match=r"needs Pillow.*pip install 'pspnet_fast\[predict\]'"):
+    with pytest.raises(ImportError, match=r"needs Pillow.*pip install --no-build-isolation '\.\[predict\]'"):
         importlib.import_module(module)
 
 

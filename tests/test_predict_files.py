@@ -431,3 +431,15 @@ def test_a_photograph_takes_less_than_a_gigabyte(threads):
         timeout=600,
     )
     assert int(done.stdout) < 1_000_000
+
+
+def test_a_snapshot_of_a_training_is_predicted_without_opencv(pictures, tmp_path):
+    """The extra "predict" holds Pillow and tqdm alone, and a snapshot's recipe is read by the code of the recipes."""
+    recipe = {"layers": 18, "width": 4, "dataset": "voc2012", "crop": 33, "base_size": 40}
+    net = PSPNet(layers=18, width=4, classes=21)
+    torch.save({"model": net.state_dict(), "recipe": recipe}, tmp_path / "best.pth")
+    words = ["predict", str(pictures), "--weights", str(tmp_path / "best.pth"), "--output", str(tmp_path / "out")]
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('cv2', 'yaml', 'jsonargparse', 'matplotlib')))"
+    code = f"{hidden}; from pspnet_fast import cli; sys.exit(cli.main({[*words, '--device', 'cpu']!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

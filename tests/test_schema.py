@@ -14,7 +14,7 @@ import yaml
 
 from pspnet_fast.arguments import LARGEST_FILE, Evaluating, parse
 from pspnet_fast.config import ConfigError, Recipe, plain, recipe_of, snapshot_network, trained_network
-from pspnet_fast.data.transforms import Augmentation
+from pspnet_fast.data.augmentation import Augmentation
 from pspnet_fast.models.checkpoint import CheckpointError
 from pspnet_fast.placement import device_of
 from pspnet_fast.schema import from_plain, shown

@@ -15,8 +15,8 @@ from trainings import assert_same, in_one, in_processes, largest_difference, wei
 
 from pspnet_fast import cli, snapshot, train
 from pspnet_fast.config import ConfigError, Recipe, plain
+from pspnet_fast.data.augmentation import Augmentation
 from pspnet_fast.data.datasets import DatasetError
-from pspnet_fast.data.transforms import Augmentation
 from pspnet_fast.schedule import iterations_of, learning_rate, optimizer, parameter_groups
 from pspnet_fast.train import Run, TrainingError
 

@@ -7,10 +7,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from ..extras import install
+
 try:
     from PIL import Image, ImageDraw
 except ImportError as error:
-    raise ImportError(f"the drawn picture needs Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"the drawn picture needs Pillow ({error}): {install('predict')}") from error
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..extras import install
 from ._draw import Camera, Canvas, Colour, Point, pick, shade, smooth_noise, vary
 from ._figures import Label, building
 
 try:
     from PIL import Image
 except ImportError as error:
-    raise ImportError(f"the scenes need Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"the scenes need Pillow ({error}): {install('predict')}") from error
 
 FINER = 3  # the canvas's pixels in a pixel of the picture, along an axis
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..extras import install
 from .classes import CLASSES, Classes
 
 try:
-    import cv2
     from tqdm import tqdm
 
     from .images import MAX_PIXELS, orientation, read_indices, read_picture
@@ -31,9 +31,7 @@ try:
     from .layouts import Sample as Sample
     from .layouts import cityscapes, listed, scene_parsing, some, voc2012
 except ImportError as error:
-    raise ImportError(
-        f"the datasets need OpenCV, Pillow and tqdm ({error}): pip install 'pspnet_fast[train]'"
-    ) from error
+    raise ImportError(f"the datasets need Pillow and tqdm ({error}): {install('predict')}") from error
 
 _LOG = logging.getLogger(__name__)
 
@@ -159,7 +157,7 @@ def read_labels(path: Path, dataset: Dataset) -> np.ndarray:
     """
     raw = read_indices(path, DatasetError, max_pixels=LARGEST)
     small = raw.astype(np.uint8)
-    if (small.dtype != raw.dtype and (small != raw).any()) or cv2.LUT(small, (~dataset.valid).astype(np.uint8)).any():
+    if (small.dtype != raw.dtype and (small != raw).any()) or not looked_up(small, dataset.valid).all():
         values, counts = np.unique(raw, return_counts=True)
         wrong = [
             f"{value} ({count} pixels)"
@@ -167,7 +165,18 @@ def read_labels(path: Path, dataset: Dataset) -> np.ndarray:
             if not (0 <= value < 256 and dataset.valid[value])
         ]
         raise DatasetError(f"{path}: labels must be {_ranges(dataset.valid)}, got {some(wrong)}")
-    return cv2.LUT(small, dataset.table)
+    return looked_up(small, dataset.table)
+
+
+def looked_up(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`table[values]` for bytes, in a quarter of its time.
+
+    Args:
+        values: any shape, uint8.
+        table: (256,), uint8 or bool; the result has its dtype.
+    """
+    mapped = bytearray(np.ascontiguousarray(values)).translate(table.tobytes())
+    return np.frombuffer(mapped, table.dtype).reshape(values.shape)
 
 
 def _ranges(valid: np.ndarray) -> str:

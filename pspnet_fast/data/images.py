@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..extras import install
+
 try:
     from PIL import (
         BmpImagePlugin,
@@ -35,7 +37,7 @@ try:
         WebPImagePlugin,
     )
 except ImportError as error:
-    raise ImportError(f"reading pictures needs Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"reading pictures needs Pillow ({error}): {install('predict')}") from error
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from .augmentation import Augmentation
 from .datasets import Dataset, DatasetError, Sample, read_sample
-from .transforms import Augmentation, augment, init_worker
+from .transforms import augment, init_worker
 
 _LOG = logging.getLogger(__name__)
 

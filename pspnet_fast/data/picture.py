@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..extras import install
 from ._draw import Colour, shade, smooth_noise
 
 try:
     from PIL import Image, ImageDraw, ImageFilter
 except ImportError as error:
-    raise ImportError(f"the drawn picture needs Pillow ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"the drawn picture needs Pillow ({error}): {install('predict')}") from error
 
 HORIZON = 0.56  # of the height
 

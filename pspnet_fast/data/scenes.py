@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..extras import install
 from ._draw import Sprite, pick, smooth_noise, vary
 from ._figures import Label, fence, person, sign, tree, vehicle
 from ._landscape import FINER, Landscape
@@ -25,7 +26,7 @@ try:
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"the scenes need Pillow and tqdm ({error}): pip install 'pspnet_fast[predict]'") from error
+    raise ImportError(f"the scenes need Pillow and tqdm ({error}): {install('predict')}") from error
 
 _COLOURS = {
     Label.SKY: (120, 190, 240),
@@ -42,7 +43,8 @@ _COLOURS = {
 }
 SCENES = Classes(tuple(label.name.lower() for label in Label), tuple(_COLOURS[label] for label in Label))
 
-SMALLEST = 48  # pixels of a side
+SMALLEST, LARGEST = 48, 2048  # pixels of a side; a square scene of the largest takes 1 GB to draw
+MOST_IMAGES, MOST_SEEDS = 10**6, 2**31 - 1
 FIRST_VALIDATION_SEED = 2**31
 PART = ".part"  # the folder that scenes are written into until all are there
 
@@ -192,8 +194,8 @@ def _photograph(land: Landscape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_size(where: str, width: int, height: int) -> None:
-    if min(width, height) < SMALLEST:
-        raise SceneError(f"{where}: width and height must be at least {SMALLEST}, got {width} and {height}")
+    if min(width, height) < SMALLEST or max(width, height) > LARGEST:
+        raise SceneError(f"{where}: width and height must be from {SMALLEST} to {LARGEST}, got {width} and {height}")
 
 
 def draw_scene(seed: int, width: int = 192, height: int = 144) -> tuple[np.ndarray, np.ndarray]:
@@ -201,8 +203,8 @@ def draw_scene(seed: int, width: int = 192, height: int = 144) -> tuple[np.ndarr
 
     Args:
         seed: at least 0. `scene_seeds` says which seeds `write_scenes` takes.
-        width: in pixels, at least 48.
-        height: in pixels, at least 48.
+        width: in pixels, from 48 to 2048.
+        height: in pixels, from 48 to 2048.
 
     Returns:
         The picture (height, width, 3), RGB, and the labels of `SCENES` (height, width), from 0, both uint8. Both are taken of
@@ -250,19 +252,19 @@ def write_scenes(folder: Path, images: int, seed: int = 0, width: int = 192, hei
 
     Args:
         folder: a new or an empty one.
-        images: training scenes; a fifth as many are for validation, and at least one.
-        seed: at least 0; no scene is in two datasets of other seeds, or in both parts of one.
-        width: in pixels, at least 48.
-        height: in pixels, at least 48.
+        images: training scenes, a million at most; a fifth as many are for validation, and at least one.
+        seed: from 0 to 2^31 - 1; no scene is in two datasets of other seeds, or in both parts of one.
+        width: in pixels, from 48 to 2048.
+        height: in pixels, from 48 to 2048.
 
     Raises:
-        SceneError: fewer images than 1, a negative seed, a small size, or a folder that is a file, holds anything, or
+        SceneError: images, seed, width or height out of bounds, or a folder that is a file, holds anything, or
             cannot be written.
     """
-    if images < 1:
-        raise SceneError(f"write_scenes: images must be at least 1, got {images}")
-    if seed < 0:
-        raise SceneError(f"write_scenes: seed must be at least 0, got {seed}")
+    if not 1 <= images <= MOST_IMAGES:
+        raise SceneError(f"write_scenes: images must be from 1 to {MOST_IMAGES}, got {images}")
+    if not 0 <= seed <= MOST_SEEDS:
+        raise SceneError(f"write_scenes: seed must be from 0 to {MOST_SEEDS}, got {seed}")
     _check_size("write_scenes", width, height)
     part = folder / PART
     try:

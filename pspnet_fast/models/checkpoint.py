@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 
+from ..extras import install
 from ..files import replacing
 from .archive import ZIP, RefusedError, dry_run, names_in, verified
 from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
@@ -108,7 +109,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(f"{str(path)!r} needs safetensors ({error}): pip install 'pspnet_fast[convert]'") from error
+        raise ImportError(f"{str(path)!r} needs safetensors ({error}): {install('convert')}") from error
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata: dict[str, Any] = dict(file.metadata() or {})

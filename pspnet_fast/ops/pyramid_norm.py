@@ -61,7 +61,7 @@ def pyramid_norm(
         weight: B tensors (R,), or None for 1.
         bias: B tensors (R,), or None for 0.
         training: normalise by the batch's statistics (True) or the running ones (False).
-        momentum: the new value's share in the running statistics, in [0, 1], one for all levels or one each.
+        momentum: the new value's share in the running statistics, one for all levels or one each; any number, as in torch.
         eps: added to the variance: positive, at evaluation possibly 0, as in `torch.nn.functional.batch_norm`.
         relu: whether to end in a ReLU.
         process_group: in training, the processes whose batches count as one.
@@ -71,7 +71,7 @@ def pyramid_norm(
 
     Raises:
         ValueError: a shape that does not fit, running statistics missing at evaluation, or a level with one value per
-            channel in training, an eps or, in training, a momentum out of range.
+            channel in training, an eps out of range.
         TypeError: y is not a floating-point tensor.
     """
     op = OP
@@ -96,8 +96,6 @@ def pyramid_norm(
         raise ValueError(f"{op}: momentum must be one number or one for each of the {len(bins)} bins, got {momenta}")
     if not (eps > 0 or (eps == 0 and not training)):
         raise ValueError(f"{op}: eps must be positive, or 0 at evaluation, got {eps}")
-    if training and not all(0 <= share <= 1 for share in momenta):
-        raise ValueError(f"{op}: momentum must be in [0, 1], got {momentum}")
 
     if training and process_group is not None and dist.get_world_size(process_group) == 1:
         process_group = None

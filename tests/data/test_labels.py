@@ -7,7 +7,7 @@ import pytest
 from making import HEIGHT, WIDTH, OddError, ade20k, bmp, chunk, encoded, noise, png, tiff, write
 from PIL import Image
 
-from pspnet_fast.data.datasets import DatasetError, find_dataset, read_labels
+from pspnet_fast.data.datasets import DatasetError, find_dataset, looked_up, read_labels
 from pspnet_fast.data.images import read_indices, read_picture
 
 
@@ -168,3 +168,15 @@ def test_labels_of_16_bits_are_counted_as_they_are(tmp_path):
     Image.fromarray(numbers).save(at)
     with pytest.raises(DatasetError, match=r"labels must be 0 to 150, got 256 \(1 pixels\), 257 \(1 pixels\)"):
         read_labels(at, found)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (0, 4)])
+def test_looking_up_bytes(shape):
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    table = np.random.default_rng(1).permutation(256).astype(np.uint8)
+    for given in (values, values[:, ::-1]):
+        for each in (table, table > 100):
+            found = looked_up(given, each)
+            assert found.dtype == each.dtype
+            assert found.flags.writeable
+            assert (found == each[given]).all()

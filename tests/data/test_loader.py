@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pspnet_fast.data.augmentation import Augmentation
 from pspnet_fast.data.datasets import Dataset, DatasetError, find_dataset
 from pspnet_fast.data.loader import Samples, Steps, loader, order
 from pspnet_fast.data.scenes import write_scenes
-from pspnet_fast.data.transforms import Augmentation
 
 CPU = torch.device("cpu")
 

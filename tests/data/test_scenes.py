@@ -148,7 +148,8 @@ def test_scenes_are_drawn_fast():
     ("arguments", "message"),
     [
         ((-1,), "seed must be at least 0, got -1"),
-        ((0, 47, 90), "at least 48, got 47 and 90"),
+        ((0, 47, 90), "from 48 to 2048, got 47 and 90"),
+        ((0, 90, 2049), "from 48 to 2048, got 90 and 4097"),
         ((0, 90, 0), "got 90 and 0"),
     ],
     ids=str,
@@ -214,9 +215,11 @@ def test_written_scenes_repeat(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": 0}, "write_scenes: images must be at least 1, got 0"),
-        ({"images": 1, "seed": -1}, "write_scenes: seed must be at least 0, got -1"),
-        ({"images": 1, "height": 20}, "write_scenes: width and height must be at least 48, got 192 and 20"),
+        ({"images": 0}, "write_scenes: images must be from 1 to 1000000, got 0"),
+        ({"images": 10**9}, "write_scenes: images must be from 1 to 1000000, got 1000000000"),
+        ({"images": 1, "seed": 2**31}, "write_scenes: seed must be from 0 to 2147483647, got 2147483648"),
+        ({"images": 1, "seed": -1}, "write_scenes: seed must be from 0 to 2147483647, got -1"),
+        ({"images": 1, "height": 20}, "write_scenes: width and height must be from 48 to 2048, got 192 and 20"),
     ],
     ids=str,
 )
@@ -268,5 +271,5 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_without_pillow_the_extra_is_named(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, f"pspnet_fast.data.{module}", raising=False)
-    with pytest.raises(ImportError, match=r"needs? Pillow.*pip install 'pspnet_fast\[predict\]'"):
+    with pytest.raises(ImportError, match=r"needs? Pillow.*pip install --no-build-isolation '\.\[predict\]'"):
         importlib.import_module(f"pspnet_fast.data.{module}")

@@ -372,5 +372,5 @@ def test_a_view_past_the_picture_is_border():
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.delitem(sys.modules, "pspnet_fast.data.transforms")
-    with pytest.raises(ImportError, match=r"transforms need OpenCV.*pip install 'pspnet_fast\[train\]'"):
+    with pytest.raises(ImportError, match=r"transforms need OpenCV.*pip install --no-build-isolation '\.\[train\]'"):
         importlib.import_module("pspnet_fast.data.transforms")

@@ -64,7 +64,7 @@ def test_gradients_of_weight_and_bias(backend, relu):
     )
 
 
-@pytest.mark.parametrize("momentum", [0.1, [0.1, 0.5, 1.0]], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, [0.1, 0.5, 1.0], 1.5], ids=str)
 @pytest.mark.parametrize("backend", testing.backends(OP))
 def test_running_statistics(backend, momentum):
     bins, y = (1, 2, 3), cells(4, 24, (1, 2, 3)).to(testing.device(backend))
@@ -304,14 +304,6 @@ def test_eps_0_at_evaluation(backend):
         (torch.zeros(2, 5, 3), {"eps": math.nan, **STATISTICS}, ValueError, "eps must be positive"),
         (torch.zeros(2, 5, 3), {"eps": 0, "training": True}, ValueError, "eps must be positive"),
         (torch.zeros(2, 5, 3), {"eps": math.nan, "training": True}, ValueError, "eps must be positive"),
-        (
-            torch.zeros(2, 5, 3),
-            {"momentum": math.nan, "training": True},
-            ValueError,
-            r"momentum must be in \[0, 1\], got nan",
-        ),
-        (torch.zeros(2, 5, 3), {"momentum": [0.1, 1.5], "training": True}, ValueError, r"momentum must be in \[0, 1\]"),
-        (torch.zeros(2, 5, 3), {"momentum": -0.1, "training": True}, ValueError, "momentum must be in"),
         (torch.zeros(2, 5, 3), {"momentum": [0.1]}, ValueError, "momentum must be one number or one for each of the 2"),
     ],
 )
