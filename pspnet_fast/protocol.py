@@ -23,6 +23,7 @@ from .functional import upsample_argmax, upsample_softmax_add
 from .geometry import accumulation_dtype, bilinear_tap
 from .models.pspnet import PSPNet
 from .nn.calls import why_call
+from .schema import shown
 
 BAND = 2**22  # probabilities at the picture's size that are held at once: 16 MB, which caches and the allocator keep
 SCALED_BAND = 4  # times as many may be held of a larger scale: what one of twice the picture's size needs
@@ -87,11 +88,11 @@ def check_protocol(protocol: Protocol, named: Callable[[str], str] = "Protocol: 
     for name, (least, most) in BOUNDS.items():
         value = getattr(protocol, name)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"{named(name)} must be from {least} to {most}, got {value}")
+            raise ValueError(f"{named(name)} must be from {least} to {most}, got {shown(value)}")
     smallest, largest = SCALES
     if not protocol.scales or not all(smallest <= scale <= largest for scale in protocol.scales):
         raise ValueError(
-            f"{named('scales')} must be from {smallest:g} to {largest:g}, and one at least, got {[*protocol.scales]}"
+            f"{named('scales')} must be from {smallest:g} to {largest:g}, and one at least, got {shown([*protocol.scales])}"
         )
     if protocol.base_size is not None and round(max(protocol.scales) * protocol.base_size) > MAX_SIDE:
         raise ValueError(

@@ -51,6 +51,12 @@ def collected(*arguments):
     return [tuple(row.rstrip("]").replace(".py::", "[").split("[")) for row in rows], lines
 
 
+@pytest.fixture(autouse=True)
+def _by_itself(monkeypatch):
+    """pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Where a plugin `small` makes the benchmarks' features small."""

@@ -156,7 +156,7 @@ def test_scenes(scenes, capsys):
     assert cli.main(["scenes", str(scenes / "scenes")]) == 2
     assert "scenes:" in capsys.readouterr().err
     assert cli.main(["scenes", str(scenes / "other"), "--images", "0"]) == 2
-    assert "images must be at least 1, got 0" in capsys.readouterr().err
+    assert "images must be from 1 to 1000000, got 0" in capsys.readouterr().err
 
 
 def evaluate(scenes, *arguments):
@@ -228,7 +228,7 @@ def test_evaluate_refuses(scenes, tmp_path, capsys, arguments, words):
         (["--json", "{scenes}/recipe.yaml"], "recipe.yaml: would overwrite a file that is read"),
         (["--output", "/proc/self"], "/proc/self: cannot be written into"),
         (["--windows", "100000"], "windows must be"),
-        (["--scales", "1", "70", "--base-size", "512"], "--scales times the base size must be at most 32768 pixels"),
+        (["--scales", "1", "70", "--base-size", "512"], "scales times the base size must be at most 32768 pixels"),
     ],
 )
 def test_evaluate_says_before_the_work_what_cannot_be(scenes, tmp_path, capsys, monkeypatch, arguments, words):

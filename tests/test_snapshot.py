@@ -199,10 +199,10 @@ def test_a_snapshot_that_is_no_file(tmp_path):
         save_last(tmp_path, iteration)
     (tmp_path / LAST).unlink()
     os.mkfifo(tmp_path / LAST)
-    assert latest(tmp_path)[2] == [f"{tmp_path / LAST}: is no file"]
+    assert latest(tmp_path)[2] == [f"'{tmp_path / LAST}' is no regular file: give one that can be read twice"]
     (tmp_path / LAST).unlink()
     (tmp_path / LAST).mkdir()
-    assert latest(tmp_path)[2] == [f"{tmp_path / LAST}: is no file"]
+    assert latest(tmp_path)[2] == [f"'{tmp_path / LAST}' is a folder: give the checkpoint's file in it"]
 
 
 def test_the_best_validation_is_named_where_nothing_else_is_whole(tmp_path):

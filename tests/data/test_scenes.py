@@ -149,7 +149,7 @@ def test_scenes_are_drawn_fast():
     [
         ((-1,), "seed must be at least 0, got -1"),
         ((0, 47, 90), "from 48 to 2048, got 47 and 90"),
-        ((0, 90, 2049), "from 48 to 2048, got 90 and 4097"),
+        ((0, 90, 2049), "from 48 to 2048, got 90 and 2049"),
         ((0, 90, 0), "got 90 and 0"),
     ],
     ids=str,

@@ -51,6 +51,11 @@ def run(model, arguments, dtype=torch.float32):
     return [*out, *(grad for grad in grads if grad is not None), *statistics]
 
 
+# The largest error of a handful of numbers is luck: over many batches ours and plain PyTorch's are alike in the mean, and with
+# few the one is now and then more than twice the other.
+BATCHES = 24
+
+
 def assert_as_accurate(plain, ours, batches):
     """Several batches together: one batch's largest error is noisy at the level of one cell."""
     results = (
@@ -66,7 +71,7 @@ def assert_as_accurate(plain, ours, batches):
 @pytest.mark.parametrize("name", peers.ACCELERATED)
 def test_the_same_results(name, training):
     plain, ours = pair(name)
-    assert_as_accurate(plain.train(training), ours.train(training), [peers.inputs(name, 8) for _ in range(6)])
+    assert_as_accurate(plain.train(training), ours.train(training), [peers.inputs(name, 8) for _ in range(BATCHES)])
 
 
 @pytest.mark.parametrize("name", peers.ACCELERATED)
@@ -182,7 +187,7 @@ def test_the_head_never_builds_the_concatenation(name):
             model.eval()(*arguments)
         counts.append(len(made) > 0)
     assert counts == [True, False, True]
-    assert_as_accurate(plain.train(), apart.train(), [peers.inputs(name, 8) for _ in range(6)])
+    assert_as_accurate(plain.train(), apart.train(), [peers.inputs(name, 8) for _ in range(BATCHES)])
 
 
 def test_the_pyramid_by_itself_still_gives_the_concatenation():
