@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import CompileCase, compile_case, on_device, refuses
-from .geometry import bilinear_tap, device_function, fraction, next_cell, tap_start, upper_weight
+from .geometry import bilinear_tap, device_function, fraction, tap_start, upper_weight
 
 
 @device_function
@@ -146,13 +146,15 @@ def _upsample_cross_entropy_gradient_kernel(
         else:
             class_weight = tl.full((BLOCK_K,), 1.0, tl.float32)
     total = tl.zeros((BLOCK_W, BLOCK_K), tl.float32)
-    # On an axis that keeps its size a cell is its own pixel's alone.
-    for y_lower in range(tl.where(h == H, y, y - 1), y + 1):
+    # On an axis that keeps its size a cell is its own pixel's alone, and no square has a second one.
+    y_step = (h != H).to(tl.int32)
+    x_step = (w != W).to(tl.int32)
+    for y_lower in range(y - y_step, y + 1):
         upper_row = tl.maximum(y_lower, 0) * w
-        lower_row = next_cell(y_lower, H, h) * w
-        for x_lower in range(tl.where(w == W, x, x - 1), x + 1):
+        lower_row = tl.minimum(y_lower + y_step, h - 1) * w
+        for x_lower in range(x - x_step, x + 1):
             x_left = tl.maximum(x_lower, 0)
-            x_right = next_cell(x_lower, W, w)
+            x_right = tl.minimum(x_lower + x_step, w - 1)
             upper_left = _load_classes(image + (upper_row + x_left) * cell_stride, offset, class_stride, k_mask)
             upper_right = _load_classes(image + (upper_row + x_right) * cell_stride, offset, class_stride, k_mask)
             lower_left = _load_classes(image + (lower_row + x_left) * cell_stride, offset, class_stride, k_mask)
