@@ -379,7 +379,7 @@ def _pretrained_weights(
     if isinstance(pretrained, (str, os.PathLike)):
         return bare_state_dict(read_checkpoint(pretrained))
     raise TypeError(
-        "PSPNet: pretrained must be the path of a checkpoint, a state_dict or 'torchvision' (nothing is downloaded), "
+        "PSPNet: pretrained must be the path of a checkpoint, a state_dict or 'torchvision', which alone may download, "
         f"got {pretrained!r}"
     )
 
