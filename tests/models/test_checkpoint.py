@@ -283,7 +283,7 @@ def test_torchvision_is_asked_for_when_absent(monkeypatch):
 def test_pretrained_true_says_what_to_give():
     with (
         torch.device("meta"),
-        pytest.raises(TypeError, match=r"must be the path .* \(nothing is downloaded\), got True"),
+        pytest.raises(TypeError, match=r"must be the path .*, which alone may download, got True"),
     ):
         PSPNet(18, pretrained=True)
 
