@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .files import check_target
 from .models.checkpoint import read_checkpoint
 from .models.pspnet import PSPNet
 from .protocol import BOUNDS, SCALES, Protocol, check_protocol
-from .terminal import Formatter, say
+from .terminal import Formatter, printable, say
 
 CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
@@ -55,10 +56,17 @@ def _command(argv: Sequence[str]) -> str:
     return f" {argv[0]}" if argv and argv[0].isalpha() else ""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its sentences hold arguments as they were given, which a shell may have made of any file's name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _run(argv: Sequence[str]) -> int:
     from . import __version__, convert, export
 
-    parser = argparse.ArgumentParser(prog="pspnet-fast", description="PSPNet on fast kernels.")
+    parser = _Parser(prog="pspnet-fast", description="PSPNet on fast kernels.")
     parser.add_argument("--version", action="version", version=f"pspnet_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_predict_arguments(commands.add_parser("predict", help="label pictures"))
@@ -78,14 +86,15 @@ def _run(argv: Sequence[str]) -> int:
     if args.command == "doctor":
         print("\n".join(report()))
         return 0
+    _log_to_the_terminal(logging.WARNING)
     runs = {"scenes": _scenes, "predict": _predict, "convert": convert.run, "export": export.run}
     return runs[args.command](args)
 
 
-def _log_to_the_terminal() -> None:
+def _log_to_the_terminal(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -215,7 +224,13 @@ def _scenes(args: argparse.Namespace) -> int:
 
 
 def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="JPEG or PNG files, or folders of them")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="files of any format that is read, or folders of JPEG and PNG files",
+    )
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of PSPNet, ours or semseg's")

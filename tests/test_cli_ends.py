@@ -48,3 +48,15 @@ def test_a_name_that_the_terminal_cannot_show_ends_nothing(tmp_path):
 def test_status_of_the_parser(argv):
     done = subprocess.run([*COMMAND, *argv], capture_output=True, check=False)
     assert done.returncode == (0 if argv == ["--help"] else 2)
+
+
+def test_what_is_said_of_a_file_does_not_obey_its_name(tmp_path):
+    """A warning on the way, and the parser's own sentence, which repeats what a shell's pattern gave."""
+    name = "a\x1b[31mred"
+    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save(tmp_path / f"{name}.png")
+    arguments = ["--random-weights", "--layers", "18", "--device", "cpu", "--output", str(tmp_path / "out")]
+    for argv in (["predict", str(tmp_path / f"{name}.png"), *arguments], ["doctor", name]):
+        done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False)
+        assert "a\\x1b[31mred" in done.stderr
+        assert "\x1b" not in done.stderr + done.stdout
+    assert (tmp_path / "out" / f"{name}_labels.png").exists()
