@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -31,9 +32,15 @@ INTERRUPTED, NOBODY_READS = 130, 141  # as a shell says of a program that SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 130 after Ctrl-C, 141 where the reader of its output has gone, else the command's."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Run a command; its exit status: 130 after Ctrl-C, 141 where the reader of its output has gone, else the command's.
+
+    2 where its output cannot be written for another reason, such as a full disk; a closed one is written nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until Python ends
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
     argv = sys.argv[1:] if argv is None else [*argv]
     try:
@@ -43,12 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"\npspnet-fast{_command(argv)}: interrupted", sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:  # commands name the files that they cannot read or write: this is what they print on
+        gone = isinstance(error, BrokenPipeError)
+        if not gone:
+            with contextlib.suppress(OSError):
+                say(f"pspnet-fast{_command(argv)}: its output cannot be written: {error.strerror or error}", sys.stderr)
         # What is still in the buffers would raise again when Python ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
-        return NOBODY_READS
+        return NOBODY_READS if gone else 2
 
 
 def _command(argv: Sequence[str]) -> str:
