@@ -234,12 +234,16 @@ def evaluate(
 def _prepare(output: Path, predictions: bool, dataset: Dataset) -> None:
     """Make the folders, and see that what will be written can be, and is nothing that the dataset holds."""
     folders = [output / name for name in ("worst", "predictions")[: 1 + predictions]]
-    for folder in (output, *folders):
-        make_folder(folder)
     ours = {(output / name).resolve() for name in FILES} | {folder.resolve() for folder in folders}
+    if dataset.name != "list":  # whose files are found by what their folder holds: a confusion.png would be one of them
+        ours.add(output.resolve())
     for path in (path.resolve() for sample in dataset.samples for path in sample if path is not None):
         if path in ours or path.parent in ours:
-            raise PictureError(f"{output}: its results would overwrite {path}, which is read: give another folder")
+            raise PictureError(
+                f"{output}: its results would overwrite {path}, or lie beside it, which is read: give another folder"
+            )
+    for folder in (output, *folders):
+        make_folder(folder)
     for name in FILES:
         check_target(output / name, PictureError)
 
