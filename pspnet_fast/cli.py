@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from .files import check_target
 from .models.checkpoint import read_checkpoint
 from .models.pspnet import PSPNet
 from .protocol import BOUNDS, SCALES, Protocol, check_protocol
-from .terminal import Formatter, say
+from .terminal import Formatter, printable, say
 
 CROPS = {"ade20k": 473, "voc2012": 473, "cityscapes": 713}
 BASE_SIZES = {"ade20k": 512, "voc2012": 512, "cityscapes": 2048}
@@ -30,9 +32,15 @@ INTERRUPTED, NOBODY_READS = 130, 141  # as a shell says of a program that SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 130 after Ctrl-C, 141 where the reader of its output has gone, else the command's."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Run a command; its exit status: 130 after Ctrl-C, 141 where the reader of its output has gone, else the command's.
+
+    2 where its output cannot be written for another reason, such as a full disk; a closed one is written nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until Python ends
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
     argv = sys.argv[1:] if argv is None else [*argv]
     try:
@@ -42,12 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"\npspnet-fast{_command(argv)}: interrupted", sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:  # commands name the files that they cannot read or write: this is what they print on
+        gone = isinstance(error, BrokenPipeError)
+        if not gone:
+            with contextlib.suppress(OSError):
+                say(f"pspnet-fast{_command(argv)}: its output cannot be written: {error.strerror or error}", sys.stderr)
         # What is still in the buffers would raise again when Python ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
-        return NOBODY_READS
+        return NOBODY_READS if gone else 2
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -55,10 +67,17 @@ def _command(argv: Sequence[str]) -> str:
     return f" {argv[0]}" if argv and argv[0].isalpha() else ""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its sentences hold arguments as they were given, which a shell may have made of any file's name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _run(argv: Sequence[str]) -> int:
     from . import __version__, convert, export
 
-    parser = argparse.ArgumentParser(prog="pspnet-fast", description="PSPNet on fast kernels.")
+    parser = _Parser(prog="pspnet-fast", description="PSPNet on fast kernels.")
     parser.add_argument("--version", action="version", version=f"pspnet_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_predict_arguments(commands.add_parser("predict", help="label pictures"))
@@ -78,14 +97,15 @@ def _run(argv: Sequence[str]) -> int:
     if args.command == "doctor":
         print("\n".join(report()))
         return 0
+    _log_to_the_terminal(logging.WARNING)
     runs = {"scenes": _scenes, "predict": _predict, "convert": convert.run, "export": export.run}
     return runs[args.command](args)
 
 
-def _log_to_the_terminal() -> None:
+def _log_to_the_terminal(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -215,7 +235,13 @@ def _scenes(args: argparse.Namespace) -> int:
 
 
 def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="JPEG or PNG files, or folders of them")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="files of any format that is read, or folders of JPEG and PNG files",
+    )
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of PSPNet, ours or semseg's")

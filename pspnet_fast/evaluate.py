@@ -131,7 +131,8 @@ def evaluate(
 
     Raises:
         DatasetError: a picture or labels that cannot be read or do not fit, naming the file.
-        RuntimeError: a picture that the network cannot be shown, as for want of memory, naming it.
+        RuntimeError: a picture that the network cannot be shown, as for want of memory, naming it; a ValueError where it is
+            the protocol that makes it too large, or a label of the network that is no class.
         ValueError: an unknown convention, a protocol that cannot work, an empty dataset or one of more than 255 classes, a
             network in training mode or of more classes, processes without a group; `PictureError` where `output` cannot be
             written, or would overwrite the dataset. What cannot be written any more after
@@ -181,8 +182,9 @@ def evaluate(
             try:
                 labels = predict_labels(net, torch.from_numpy(image).permute(2, 0, 1).to(device), protocol, band=band)
                 found = confusion_matrix(labels, torch.from_numpy(truth).to(device), count)
-            except (RuntimeError, MemoryError) as error:
-                raise RuntimeError(f"{dataset.samples[i].image}: cannot be evaluated: {one_line(error)}") from error
+            except (RuntimeError, MemoryError, ValueError) as error:
+                kind = ValueError if isinstance(error, ValueError) else RuntimeError
+                raise kind(f"{dataset.samples[i].image}: cannot be evaluated: {one_line(error)}") from error
             matrix += found
             mious[i] = scores(found, "nan").miou
             if output is not None:
@@ -234,12 +236,16 @@ def evaluate(
 def _prepare(output: Path, predictions: bool, dataset: Dataset) -> None:
     """Make the folders, and see that what will be written can be, and is nothing that the dataset holds."""
     folders = [output / name for name in ("worst", "predictions")[: 1 + predictions]]
-    for folder in (output, *folders):
-        make_folder(folder)
     ours = {(output / name).resolve() for name in FILES} | {folder.resolve() for folder in folders}
+    if dataset.name != "list":  # whose files are found by what their folder holds: a confusion.png would be one of them
+        ours.add(output.resolve())
     for path in (path.resolve() for sample in dataset.samples for path in sample if path is not None):
         if path in ours or path.parent in ours:
-            raise PictureError(f"{output}: its results would overwrite {path}, which is read: give another folder")
+            raise PictureError(
+                f"{output}: its results would overwrite {path}, or lie beside it, which is read: give another folder"
+            )
+    for folder in (output, *folders):
+        make_folder(folder)
     for name in FILES:
         check_target(output / name, PictureError)
 

@@ -162,7 +162,9 @@ def check_channels(channels: int, source: str) -> None:
 
 
 def pictures_of(arguments: Sequence[Path], folder: Path) -> list[Path]:
-    """The files to predict: a directory stands for its pictures, sorted.
+    """The files to predict: a directory stands for its pictures, sorted, but for hidden ones.
+
+    (macOS leaves `._a.jpg` beside `a.jpg`, which is no picture.)
 
     Raises:
         PictureError: a directory without pictures, two pictures whose results would have one name, or a result that would
@@ -173,7 +175,9 @@ def pictures_of(arguments: Sequence[Path], folder: Path) -> list[Path]:
         if not argument.is_dir():
             found.append(argument)
             continue
-        inside = sorted(path for path in argument.iterdir() if path.suffix.lower() in PICTURES)
+        inside = sorted(
+            path for path in argument.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith(".")
+        )
         if not inside:
             raise PictureError(f"{argument}: holds no picture ({', '.join(PICTURES)})")
         found += inside

@@ -463,6 +463,25 @@ def test_results_never_overwrite_the_dataset(net, dataset, tmp_path, image, labe
     assert ((tmp_path / image).read_bytes(), (tmp_path / labels).read_bytes()) == before
 
 
+def test_results_do_not_lie_among_pictures_that_a_folder_stands_for(net, dataset, tmp_path):
+    """The next run would take confusion.png for a picture without labels."""
+    folder = dataset.samples[0].image.parent
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(PictureError, match="or lie beside it, which is read: give another folder"):
+        run(net, dataset._replace(name="scenes"), output=folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_picture_that_a_scale_makes_too_large_is_named(net, dataset, tmp_path):
+    Image.fromarray(np.zeros((1, 400, 3), np.uint8)).save(tmp_path / "long.png")
+    Image.fromarray(np.zeros((1, 400), np.uint8)).save(tmp_path / "labels.png")
+    sample = dataset.samples[0]._replace(image=tmp_path / "long.png", labels=tmp_path / "labels.png")
+    with pytest.raises(
+        ValueError, match=r"long\.png: cannot be evaluated: .* must be at most 32768, got 100 times 400"
+    ):
+        run(net, dataset._replace(samples=(sample,)), Protocol(crop=None, base_size=None, scales=(100.0,)))
+
+
 def test_what_can_be_said_before_the_pictures(net, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("pspnet_fast.evaluate.predict_labels", lambda *_, **__: pytest.fail("pictures came first"))
     many = Classes(tuple(map(str, range(256))), ((0, 0, 0),) * 256)

@@ -73,7 +73,8 @@ def test_max_pixels(tmp_path, capsys):
     assert "--max-pixels must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_a_folders_pictures_in_capitals(tmp_path):
-    for name in ("a.JPG", "b.jpeg", "c.PNG", "d.txt"):
+def test_a_folders_pictures_in_capitals_without_hidden_ones(tmp_path):
+    for name in ("a.JPG", "b.jpeg", "c.PNG", "d.txt", "._a.JPG"):
         (tmp_path / name).touch()
     assert [path.name for path in pictures_of([tmp_path], tmp_path / "out")] == ["a.JPG", "b.jpeg", "c.PNG"]
+    assert pictures_of([tmp_path / "._a.JPG"], tmp_path / "out") == [tmp_path / "._a.JPG"]

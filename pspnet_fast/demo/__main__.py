@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data.picture import draw_street
 from ..predict import make_folder
+from ..terminal import say
 from . import compare, learn
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n2. PSPNet in plain PyTorch and on the kernels\n")
         compare.show(picture, args.layers, args.crop, args.repeats)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"pspnet_fast.demo: {error}", file=sys.stderr)
+        say(f"pspnet_fast.demo: {error}", sys.stderr)
         return 2
     return 0
 

@@ -18,6 +18,7 @@ from ..data.picture import draw_street
 from ..data.scenes import write_scenes
 from ..evaluate import evaluate, table
 from ..predict import colour, predict_file, predict_labels, save
+from ..terminal import say
 from ..train import Run, train
 
 RECIPE = "scenes_pspnet18"
@@ -71,7 +72,7 @@ def learn(output: Path, scenes: int, iterations: int | None) -> None:
         ("worst scenes, confusion matrix", output / "evaluation"),
         ("checkpoint", best),
     ):
-        print(f"{what:32}{path}")
+        say(f"{what:32}{path}")
 
 
 def _new_folder(folder: Path) -> Path:
