@@ -350,6 +350,9 @@ def exportable(
 
 def _not_exportable(net: PSPNet, size: tuple[int, int] | None, head: Head) -> str | None:
     """Why the network cannot be stated, or None."""
+    replaced = "forward" in net.__dict__ or type(net).forward is not PSPNet.forward
+    if replaced or net._forward_hooks or net._forward_pre_hooks:
+        return "net has hooks or a forward of its own, and would not be called"
     if not net.use_ppm:
         return None
     ppm, cls = cast(nn.Module, net.ppm), cast(nn.Module, net.cls)
@@ -433,10 +436,11 @@ def export(
     if device := {tensor.device.type for tensor in module.state_dict().values()} - {"cpu"}:
         raise ValueError(f"export: net must be on the CPU, got {', '.join(device)}")
     onnx = _onnx() if format == "onnx" else None
+    convolutions = [each for each in net.cls.modules() if isinstance(each, nn.Conv2d)]
     metadata = {
         "format": FORMAT,
         "version": version("pspnet_fast"),
-        "classes": str(net.cls[-1].out_channels),
+        "classes": str(convolutions[-1].out_channels),
         "align_corners": json.dumps(net.align_corners),
     }
     if net.in_channels == 3:  # of other images nothing is known

@@ -1,6 +1,7 @@
 """Exported files against the network, in runtimes that know nothing of this library."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -243,6 +244,42 @@ def test_what_the_command_asks_before_it_works(tmp_path, capsys, monkeypatch):
         assert captured.err.count("\n") == 1
     assert (weights.read_bytes(), there.read_bytes()) == (b"weights", b"kept")
     assert sorted(os.listdir(tmp_path)) == ["there.onnx", "w.onnx"]
+
+
+def of_zeros(net):
+    net.forward = torch.zeros_like
+    return net
+
+
+class Doubled(PSPNet):
+    def forward(self, x, y=None):
+        return super().forward(x, y) * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.register_forward_hook(lambda module, inputs, output: output * 2),
+        lambda net: net.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
+        of_zeros,
+        lambda net: setattr(net, "__class__", Doubled),
+    ],
+)
+def test_what_calling_the_network_would_do_besides(change):
+    """Its parts alone are read."""
+    net = small()
+    change(net)
+    with pytest.raises(ValueError, match="net has hooks or a forward of its own, and would not be called"):
+        exportable(net, (65, 65))
+
+
+def test_a_module_behind_the_classes(tmp_path):
+    net, x = small(), torch.randn(1, 3, 65, 73)
+    net.cls.append(nn.Softmax(1))
+    export.export(net, tmp_path / "net.pt2", "pt2", (65, 73))
+    extra = {"metadata.json": ""}
+    assert_close(torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()(x), plain(net, x))
+    assert json.loads(extra["metadata.json"])["classes"] == "5"
 
 
 def test_weights_that_are_not_finite_are_named():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.checkpoint import CheckpointError
-from ..models.unwrap import Unwrapped, common_part, first_parts, is_average, say, without_prefix
+from ..models.unwrap import Unwrapped, common_part, first_parts, is_average, say, without_prefix, without_wrappers
 from .csail import CSAIL
 from .encoding import ENCODING
 from .family import Family, Names
@@ -73,7 +73,8 @@ def _behind(prefix: str, state: OrderedDict[str, torch.Tensor]) -> Part | None:
     """The network behind a part that all names begin with, or some: then a whole one, with head and classifier."""
     behind = OrderedDict((name, tensor) for name, tensor in state.items() if name.startswith(prefix))
     beside = tuple(name for name in state if name not in behind)
-    inner = without_prefix(behind, prefix)
+    inner, counter = without_wrappers(without_prefix(behind, prefix))
+    beside += (f"{prefix}{counter}",) if counter else ()
     fitting = _fitting(inner)
     if fitting is None and (further := common_part(inner)):
         fitting = _behind(further, inner)

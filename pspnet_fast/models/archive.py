@@ -3,17 +3,20 @@ asks for no more memory than it is long.
 
 PyTorch's own reader looks at neither. It is built without the checksums of zip files, so that a flipped bit is another weight;
 it takes the size of a tensor from the pickle, and not from the memory that is there for it.
+
+Past 300 lines, because archive and pickle are one promise: each is asked only what the other leaves open.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 ZIP = b"PK\x03\x04"
@@ -26,6 +29,15 @@ _DIRECTORY = 0x10  # PyTorch's reader leaves the memory of a directory's "conten
 _CHUNK = 1 << 20
 _SHARED = 64
 """How many times a file's bytes all tensors together may be, by sharing memory."""
+_MOST_AXES = 64
+_MOST_IN_KEY = 64
+_MOST_CLASSES = 4096
+_HASHING = ("builtins.set", "collections.Counter")
+
+OTHER_PROTOCOL = (
+    "its pickle has what torch.load does not read with weights_only=True, as those of pickle_protocol=4 do: where the file is "
+    "trusted, save it anew, once: torch.save(torch.load(IN, map_location='cpu', weights_only=False), OUT)"
+)
 
 
 class RefusedError(ValueError):
@@ -188,6 +200,9 @@ class Stub(dict[Any, Any]):
 class TensorStub(Stub):
     """In place of a tensor."""
 
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedError("a tensor that is made another afterwards, which no file of weights does")
+
 
 _VIEWS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
@@ -197,7 +212,7 @@ def _check_call(name: str, args: Sequence[Any]) -> None:
     """Refuse the calls that PyTorch allows, and that make as much memory as a number says."""
     if name == "_codecs.encode":  # how pickles of protocol 2 hold bytes; others may double them at every call
         if [*args[1:]] != ["latin1"]:
-            raise RefusedError(f"it calls {name}{(*args[1:],)!r}, which no file of weights does")
+            raise RefusedError(f"it calls {name} for another encoding than latin1, which no file of weights does")
     elif (
         name in ("builtins.bytearray", "torch.Tensor")
         or name.startswith(("torch._utils._rebuild", "torch.storage."))
@@ -208,38 +223,99 @@ def _check_call(name: str, args: Sequence[Any]) -> None:
         )
 
 
+def _is_count(value: object) -> bool:
+    """Whether it is a number as memory has them: longer ones take memory and time to multiply and to print."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) <= _MOST_AXES and all(map(_is_count, value))
+
+
+def _size(value: Any) -> tuple[Any, ...]:
+    """In place of torch.Size."""
+    if not _is_shape(value):
+        raise RefusedError("a size that is none of a tensor")
+    return tuple(value)
+
+
+def _check_key(key: Any) -> None:
+    """Refuse what takes long to hash: a tuple twice in a tuple twice in a tuple..."""
+    inside, count = [key], 0
+    while inside:
+        each = inside.pop()
+        count += len(each) if isinstance(each, tuple) else 0
+        if count > _MOST_IN_KEY:
+            raise RefusedError("a tuple of very many parts as a key")
+        inside.extend(each if isinstance(each, tuple) else ())
+
+
 class DryRun(pickle._Unpickler):  # the one in C sets aside as much memory as a number says
     """Walk through a pickle and make nothing of it, to see what it would make.
 
     Attributes:
         storages: how many elements of how many bytes each storage has, by its key.
         viewed: bytes of all tensors, each counted by itself.
+        copied: items of all that calls are given, and may copy.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    stack: list[Any]
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
         super().__init__(file, encoding="utf-8")
+        self.length = length
         self.storages: dict[str, _Storage] = {}
         self.viewed = 0
+        self.copied = 0
+        self._classes: dict[str, type[Stub]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full == "collections.OrderedDict":
             return OrderedDict
         if full == "torch.Size":
-            return tuple
+            return _size
         if full in _VIEWS:
             return self._view
         if full in _PARAMETERS:
             return lambda tensor, *rest: tensor
-        return type(name, (Stub,), {"called": full})
+        if len(self._classes) >= _MOST_CLASSES and full not in self._classes:
+            raise RefusedError(f"it names more than {_MOST_CLASSES} classes and functions")
+        return self._classes.setdefault(full, type(name, (Stub,), {"called": full}))
+
+    def check_copies(self) -> None:
+        """Before a call: the last of the stack is given to what is before it."""
+        given = self.stack[-1]
+        for each in (given, *given) if isinstance(given, tuple) else (given,):
+            self.copied += len(each) if isinstance(each, (str, bytes, list, tuple, dict)) else 0
+        if self.copied > self.length:
+            raise RefusedError("it copies the same again and again, which no file of weights does")
+
+    def check_call(self) -> None:
+        self.check_copies()
+        function, given = self.stack[-2:]
+        if function is OrderedDict or getattr(function, "called", None) in _HASHING:
+            for each in itertools.chain.from_iterable(given):
+                _check_key(each)
+                _check_key(each[0] if isinstance(each, list) and each else None)  # a pair
+
+    def check_item(self) -> None:
+        _check_key(self.stack[-2])
+
+    def check_items(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+
+    def refuse(self) -> None:
+        raise RefusedError(OTHER_PROTOCOL)
 
     def persistent_load(self, saved: Any) -> Any:
         """A storage: ("storage", its class, key, device, number of elements, ...)."""
         if saved[0] == "module":  # a class with its source, which torch.load refuses
             return saved[1]
-        kind, key, numel = saved[1].called.rpartition(".")[2], str(saved[2]), saved[4]
-        if not isinstance(numel, int) or numel < 0:
-            raise RefusedError(f"a storage of {numel!r} elements")
+        kind, key, numel = saved[1].called.rpartition(".")[2], saved[2], saved[4]
+        if not isinstance(key, str) or not _is_count(numel):
+            raise RefusedError("a storage without a key or a number of elements")
         if kind not in _ITEMSIZES:
             raise RefusedError(f"{kind}: tensors that are not plain (sparse, quantised, 8-bit floats) are not read")
         storage = _Storage(numel, _ITEMSIZES[kind])
@@ -250,13 +326,8 @@ class DryRun(pickle._Unpickler):  # the one in C sets aside as much memory as a 
     def _view(self, storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any) -> Any:
         if not isinstance(storage, _Storage):
             raise RefusedError(f"a tensor made of {type(storage).__name__}")
-        lengths = [*size, *stride, offset]
-        if (
-            not isinstance(size, (tuple, list))
-            or len(size) != len(stride)
-            or not all(isinstance(each, int) and each >= 0 for each in lengths)
-        ):
-            raise RefusedError(f"a tensor of size {tuple(size)}, strides {tuple(stride)} and offset {offset}")
+        if not (_is_shape(size) and _is_shape(stride) and _is_count(offset)) or len(size) != len(stride):
+            raise RefusedError("a tensor whose size, strides and offset are none")
         numel = math.prod(size)
         end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if numel else 0
         if max(numel, end) > storage.numel:
@@ -265,6 +336,33 @@ class DryRun(pickle._Unpickler):  # the one in C sets aside as much memory as a 
             )
         self.viewed += numel * storage.itemsize
         return TensorStub()
+
+
+def _checked(code: bytes, check: Callable[[DryRun], None]) -> Callable[[Any], None]:
+    """What the unpickler does at a code, after a check."""
+    load: Callable[[Any], None] = pickle._Unpickler.dispatch[code[0]]
+
+    def checked(walk: DryRun) -> None:
+        check(walk)
+        load(walk)
+
+    return checked
+
+
+DryRun.dispatch = {
+    **pickle._Unpickler.dispatch,
+    **{
+        code[0]: _checked(code, check)
+        for codes, check in (
+            ((pickle.REDUCE,), DryRun.check_call),
+            ((pickle.NEWOBJ, pickle.BUILD), DryRun.check_copies),
+            ((pickle.SETITEM,), DryRun.check_item),
+            ((pickle.SETITEMS,), DryRun.check_items),
+            ((pickle.DICT, pickle.FROZENSET, pickle.ADDITEMS, pickle.BYTEARRAY8), DryRun.refuse),
+        )
+        for code in codes
+    },
+}
 
 
 def dry_run(file: BinaryIO, length: int, sizes: dict[str, int] | None = None) -> Any:
@@ -281,7 +379,24 @@ def dry_run(file: BinaryIO, length: int, sizes: dict[str, int] | None = None) ->
     Raises:
         RefusedError: it would take more memory than the file has bytes.
     """
-    walk = DryRun(file)
+    return _walked(file, length, sizes)[0]
+
+
+def dry_run_legacy(file: BinaryIO, length: int) -> Any:
+    """The same of a file that torch.save wrote before 1.6: five pickles, the fourth the content, then the storages' bytes.
+
+    PyTorch leaves the memory of a storage as it found it, where the list of those that follow lacks it.
+    """
+    for _ in range(3):  # a number to know it by, a version, what wrote it
+        dry_run(file, length)
+    content, storages = _walked(file, length)
+    if sorted(dry_run(file, length)) != sorted(storages):
+        raise RefusedError("damaged: its storages are not those that follow")
+    return content
+
+
+def _walked(file: BinaryIO, length: int, sizes: dict[str, int] | None = None) -> tuple[Any, dict[str, _Storage]]:
+    walk = DryRun(file, length)
     content = walk.load()
     for key, storage in walk.storages.items():
         declared = storage.numel * storage.itemsize
@@ -291,4 +406,4 @@ def dry_run(file: BinaryIO, length: int, sizes: dict[str, int] | None = None) ->
     declared = sum(storage.numel * storage.itemsize for storage in walk.storages.values())
     if declared > length or walk.viewed > _SHARED * length:
         raise RefusedError(f"its tensors are {max(declared, walk.viewed)} bytes, and the file {length}")
-    return content
+    return content, walk.storages

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..extras import install
 from ..files import replacing
-from .archive import ZIP, RefusedError, dry_run, names_in, verified
+from .archive import OTHER_PROTOCOL, ZIP, RefusedError, dry_run, dry_run_legacy, names_in, verified
 from .formats import FIRST, how_to_save, what_it_is, what_the_archive_is
 from .unwrap import UnwrapError, Unwrapped, common_part, say, unwrap, without_prefix
 
@@ -86,9 +86,7 @@ def _read(file: BinaryIO, path: Path) -> Any:
         if reason := what_it_is(path, first, length):
             raise RefusedError(f"it is {reason}")
         file.seek(0)
-        for _ in range(3):  # a number to know it by, a version, what wrote it
-            dry_run(file, length)
-        sketch = dry_run(file, length)
+        sketch = dry_run_legacy(file, length)
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -101,7 +99,7 @@ def _read(file: BinaryIO, path: Path) -> Any:
                 f"{str(path)!r} cannot be read: it holds more than tensors and plain values ({found[1]}), and code in a "
                 f"checkpoint is never run. Where the file is trusted, save its weights alone, once: {how_to_save(sketch)}"
             ) from error
-        raise RefusedError(reason) from error
+        raise RefusedError(OTHER_PROTOCOL if reason.startswith("Unsupported operand") else reason) from error
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:

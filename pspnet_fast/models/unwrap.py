@@ -89,15 +89,24 @@ def unwrap(checkpoint: Mapping[str, Any], ema: bool = False) -> Unwrapped:
         checkpoint = checkpoint[cast(str, key)]
     for name, value in checkpoint.items():
         if not isinstance(value, torch.Tensor):
-            raise UnwrapError(f"a state_dict maps names to tensors, got {type(value).__name__} under {name!r}")
+            raise UnwrapError(f"a state_dict maps names to tensors, got {type(value).__name__} under {_short(name)}")
+        if not isinstance(name, str):
+            raise UnwrapError(
+                f"a state_dict maps names to tensors, got a tensor under {_short(name)}, which is no name"
+            )
     state: OrderedDict[str, torch.Tensor] = OrderedDict(checkpoint)
     if hasattr(checkpoint, "_metadata"):
         state._metadata = copy(checkpoint._metadata)  # type: ignore[attr-defined]
-    state, counter = _without_wrappers(state)
+    state, counter = without_wrappers(state)
     if counter:
         averaged = True if averaged is None and counter == "n_averaged" else averaged
         found.append(f"names without {counter!r} and 'module.', as averages are saved")
     return Unwrapped(state, tuple(found), averaged, choice)
+
+
+def _short(name: object) -> str:
+    """A key as a sentence has it: any of a file's, and of any length."""
+    return repr(name)[:80] if isinstance(name, (str, int)) else type(name).__name__
 
 
 def _exchanged(checkpoint: Mapping[str, Any]) -> bool:
@@ -122,7 +131,7 @@ def _holds_tensors(value: Mapping[str, Any]) -> bool:
     return any(isinstance(each, torch.Tensor) for each in value.values())
 
 
-def _without_wrappers(state: OrderedDict[str, torch.Tensor]) -> tuple[OrderedDict[str, torch.Tensor], str | None]:
+def without_wrappers(state: OrderedDict[str, torch.Tensor]) -> tuple[OrderedDict[str, torch.Tensor], str | None]:
     """The same without the names that wrappers add; and the counter of averages that there was."""
     state = renamed(state, lambda name: _WRAPPER.sub("", name))
     counter = next((name for name in _COUNTERS if name in state), None)

@@ -77,6 +77,13 @@ def test_a_teacher_beside_the_weights(tmp_path, caplog):
         assert same(load_checkpoint(path).state_dict(), ours(weights))
         assert "there are averages, too, under 'ema_model.'" in caplog.text
         assert same(load_checkpoint(path, ema=True).state_dict(), ours(averages))
+    counted = {"ema_model.n_averaged": torch.tensor(3), **prefixed(averages, "ema_model.module.")}
+    torch.save({"state_dict": {**prefixed(weights, "model."), **counted}}, path)  # an AveragedModel's
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert same(load_checkpoint(path).state_dict(), ours(weights))
+        assert "there are averages, too, under 'ema_model.'" in caplog.text
+    assert same(load_checkpoint(path, ema=True).state_dict(), ours(averages))
     with pytest.raises(CheckpointError, match=r"there are 2 networks, under 'a\.', 'b\.'"):
         detect({**prefixed(weights, "a."), **prefixed(averages, "b.")})
 

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import pickle
 import random
 import struct
 import threading
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -299,6 +301,75 @@ def test_a_dry_run_makes_nothing():
     assert not os.path.exists("mark")
     with pytest.raises(RefusedError, match="calls _codecs.encode"):
         dry_run(io.BytesIO(b"c_codecs\nencode\n(S'aa'\nS'hex'\ntR."), 100)
+
+
+ITEM = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%s\x8c\x03cpu%stQ"
+VIEW = b"ctorch._utils\n_rebuild_tensor_v2\n(" + ITEM % (b"\x8c\x010", b"K\x0c") + b"K\x00%s%s\x89}tR"
+DOUBLED = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(60))
+"""A tuple twice in a tuple twice in a tuple: 60 levels, whose hash and whose words take as many steps as 2 to the 60."""
+MANY = b"]q\x01(" + b"K\x01" * 20_000 + b"e"
+ATTRIBUTES = b"}q\x01(" + b"".join(b"\x8c\x04%04dK\x01" % i for i in range(2000)) + b"u"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"}" + DOUBLED + b"K\x01s.", "as a key"),
+        (b"}(" + DOUBLED + b"K\x01u.", "as a key"),
+        (b"c__builtin__\nset\n]" + DOUBLED + b"a\x85R.", "as a key"),
+        (b"ccollections\nOrderedDict\n]]" + DOUBLED + b"aK\x01aa\x85R.", "as a key"),
+        (b"(" + DOUBLED + b"K\x01d.", "weights_only=False"),
+        (b"(" + DOUBLED + b"\x91.", "weights_only=False"),
+        (b"\x8f(" + DOUBLED + b"\x90.", "weights_only=False"),
+        (b"\x96\x00\x00\x00\x00\x01\x00\x00\x00a.", "weights_only=False"),  # room for 4 GB, set aside at once
+        (b"c_codecs\nencode\n(\x8c\x01a" + DOUBLED + b"tR.", "another encoding"),
+        (ITEM % (DOUBLED, b"K\x0c") + b".", "without a key or a number"),
+        (ITEM % (b"\x8c\x010", DOUBLED) + b".", "without a key or a number"),
+        (VIEW % (DOUBLED, b"K\x01\x85") + b".", "none"),
+        (VIEW % (b"(\x8a\x0a" + b"\x7f" * 10 + b"t", b"K\x01\x85") + b".", "none"),  # numbers of any length
+        (VIEW % (b"(" + b"K\x01" * 99 + b"t", b"(" + b"K\x01" * 99 + b"t") + b".", "none"),
+        (VIEW % (b"K\x0c\x85", b"K\x01\x85") + b"(K\x01tb.", "made another afterwards"),
+        (b"ctorch\nSize\n" + MANY + b"\x85R.", "a size that is none"),
+        (b"](c__builtin__\nset\nq\x02" + MANY + b"\x85R" + b"h\x02h\x01\x85R" * 9 + b"e.", "again and again"),
+        (b"](c__builtin__\nset\nq\x02" + MANY + b"\x85\x81" + b"h\x02h\x01\x85\x81" * 9 + b"e.", "again and again"),
+        (b"](ccollections\nOrderedDict\n)R" + ATTRIBUTES + b"b" + b"h\x01b" * 20 + b"e.", "again and again"),
+        (b"](" + b"".join(b"cm\n%d\n" % i for i in range(5000)) + b"e.", "more than 4096 classes"),
+    ],
+)
+def test_what_a_pickle_makes_of_little(content, words):
+    """Steps and memory are a file's length, too, and not what its pickle says."""
+    with pytest.raises(RefusedError, match=words):
+        dry_run(io.BytesIO(b"\x80\x02" + content), len(content))
+
+
+def test_keys_and_calls_as_people_have_them(tmp_path):
+    generation = {"a": torch.ones(2), ("lr", (1, 2)): 3, "milestones": Counter([30, 30, 60]), "set": {1, (2, 3)}}
+    torch.save(generation, tmp_path / "w.pth")
+    assert same(generation, read_checkpoint(tmp_path / "w.pth"))
+
+
+def test_legacy_storages_are_all_in_the_list_of_those_that_follow(tmp_path):
+    """PyTorch leaves the others' memory as it found it."""
+    data = bytes_of({"w": torch.ones(12)}, _use_new_zipfile_serialization=False)
+    file = io.BytesIO(data)
+    for _ in range(3):
+        pickle.load(file)
+    dry_run(file, len(data))
+    keys = pickle.load(file_of_keys := io.BytesIO(data[file.tell() :]))
+    assert len(keys) == 1
+    rest = data[file.tell() + file_of_keys.tell() :]
+    for other in ([], keys * 2, [*keys, "1"]):
+        refused(tmp_path / "w.pth", data[: file.tell()] + pickle.dumps(other, 2) + rest, "not those that follow")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_other_protocols_of_pickles(tmp_path, protocol):
+    words = "pickle_protocol=4 do: where the file is trusted, save it anew"
+    refused(tmp_path / "w.pth", bytes_of(content(), pickle_protocol=protocol), words)
+    refused(tmp_path / "w.pth", bytes_of({"set": {1, 2}}, pickle_protocol=protocol), words)
+    torch.save(content(), tmp_path / "w.pth", pickle_protocol=3)
+    assert same(content(), read_checkpoint(tmp_path / "w.pth"))
 
 
 # safetensors

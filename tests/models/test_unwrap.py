@@ -108,6 +108,9 @@ def test_what_cannot_be_unwrapped():
         bare_state_dict({"a.weight": torch.zeros(1), "_orig_mod.a.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="maps names to tensors, got dict under 'a'"):
         bare_state_dict({"a": {"x": torch.zeros(1)}, "b": {"x": torch.zeros(1)}})
+    for key, word in ((1, "1"), (None, "NoneType"), ((1, 2), "tuple")):
+        with pytest.raises(CheckpointError, match=f"got a tensor under {word}, which is no name"):
+            bare_state_dict({"state_dict": {key: torch.zeros(1), "a": torch.zeros(1)}})
     circle = {}
     circle["model"] = circle
     with pytest.raises(CheckpointError, match="maps names to tensors, got dict under 'model'"):
