@@ -68,8 +68,13 @@ def channel_blocks(order: Sequence[int], channels: int, reduced: int) -> dict[in
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether a 4-D tensor is dense in channels_last order and not also in NCHW order (as with one channel, or one pixel)."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether a 4-D tensor is dense in channels_last order and not also in NCHW order (as with one channel, or one pixel).
+
+    Under torch.func it is said to be in neither: vmap does not tell.
+    """
+    if x.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

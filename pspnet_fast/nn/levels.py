@@ -79,7 +79,8 @@ def _kind(level: Level, k: int) -> Kind:
     if level.norm is not None and _by_batch(level.norm):
         norm = cast(_BatchNorm, level.norm)
         synchronised = isinstance(norm, nn.SyncBatchNorm)
-        mode = norm.training, norm.track_running_stats, norm.eps, norm.affine, synchronised
+        tracked = norm.track_running_stats, held(norm, "running_mean") is not None
+        mode = norm.training, tracked, norm.eps, norm.affine, synchronised
         return Kind("norm", channels, (level.activation is None, mode))
     return Kind("project", channels, level.activation is None)
 
@@ -206,7 +207,8 @@ def _by_batch_statistics(pyramid: torch.Tensor, bins: Sequence[int], levels: Seq
     """Levels whose norms are of one mode and take the batch's statistics."""
     norms = [cast(_BatchNorm, level.norm) for level in levels]
     first = norms[0]
-    tracked = first.training and first.track_running_stats
+    counted = first.training and first.track_running_stats
+    tracked = counted and held(first, "running_mean") is not None
     return pyramid_norm(
         pyramid_project(pyramid, _weights(levels), bins, relu=False),
         bins,
@@ -215,7 +217,7 @@ def _by_batch_statistics(pyramid: torch.Tensor, bins: Sequence[int], levels: Seq
         weight=[norm.weight for norm in norms] if first.affine else None,
         bias=[norm.bias for norm in norms] if first.affine else None,
         training=True,
-        momentum=[_count_batch(norm) for norm in norms] if tracked else 0.0,
+        momentum=[_count_batch(norm) for norm in norms] if counted else 0.0,
         eps=first.eps,
         relu=levels[0].activation is not None,
         process_group=_process_group(first),

@@ -13,7 +13,7 @@ from ..checks import check_bins, check_features
 from ..functional import pyramid_pool, upsample_concat
 from ..geometry import is_channels_last
 from ..tracing import is_transformed
-from .calls import tell
+from .calls import remember, tell
 from .levels import autocasts, kinds_of, of_one_width, reduce_levels
 from .plain_ppm import plain_ppm, upsampled
 from .reading import Level, leaves_of, read_level
@@ -104,6 +104,9 @@ class PPM(nn.Module):
             bins.append(level[0])
             levels.append(level[1])
         return (bins, levels) if levels else "there are no levels"
+
+
+remember(PPM)
 
 
 def ppm(

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import pyramid_conv2d, pyramid_pool
 from ..geometry import accumulation_dtype
-from ..tracing import is_traced
+from ..tracing import is_transformed
 from .calls import held, tell, weight_of, why_call
 from .conv2d import conv2d
 from .levels import NORMS, reduce_levels
@@ -156,6 +156,8 @@ def bottleneck(
         of_x, of_levels = weight.split((channels, weight.shape[1] - channels), 1)
     y = conv2d(x, of_x, padding)
     size = (x.shape[2], x.shape[3])
+    if is_transformed():  # vmap may have one of the two for every sample, and the other, which cannot take it in, once
+        return _through(rest, y + pyramid_conv2d(reduced, of_levels, size, bins, padding, align_corners))
     if len(rest) > 1 and _folds(rest[0], rest[1], y, reduced, weight):
         scale, shift = _folded(cast(_BatchNorm, rest[0]), y)
         y = pyramid_conv2d(
@@ -204,8 +206,6 @@ def _folds(norm: nn.Module, activation: nn.Module, *tensors: torch.Tensor) -> bo
     if type(norm) not in NORMS or type(activation) is not nn.ReLU:
         return False
     if norm.training or held(norm, "running_mean") is None or why_call(norm) or why_call(activation):
-        return False
-    if is_traced():  # one graph, whatever the grad mode: torch.jit.trace checks it in the other
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *norm.parameters())))
 

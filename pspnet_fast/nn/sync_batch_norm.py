@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .calls import remember
+
 
 class SyncBatchNorm(nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm`; on the CPU, in training and in a process group, in plain PyTorch.
@@ -53,6 +55,9 @@ def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
 
 def _processes(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+remember(SyncBatchNorm)
 
 
 class _Normalise(torch.autograd.Function):

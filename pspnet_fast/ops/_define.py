@@ -47,7 +47,23 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     op = getattr(torch.ops.pspnet_fast, name).default
     if op._schema.is_mutable:
         LIBRARY.impl(name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
+    else:
+        torch.library.register_vmap(op, functools.partial(_one_by_one, op), lib=LIBRARY)
     return op
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """A batch of backwards of one forward, as `is_grads_batched` asks for: a call for each."""
+    results = [op(*(_of_sample(i, *pair) for pair in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _of_sample(i: int, argument: Any, dim: Any) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_of_sample(i, *pair) for pair in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, i)
 
 
 def _without_forward_mode(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:

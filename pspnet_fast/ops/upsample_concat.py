@@ -91,7 +91,7 @@ def _fill_in_place(
     rest = x.shape[1] - reduced
     if rest < 1 if -1 in order else rest != 0:
         raise ValueError(f"{op}: in_place, x must have channels of its own and B*R = {reduced} more, got {x.shape[1]}")
-    if dense(x) is not x:
+    if not is_transformed() and dense(x) is not x:
         raise ValueError(f"{op}: in_place, x must be dense in NCHW or channels_last order, got strides {x.stride()}")
     if autocast_dtype(x) and torch.promote_types(x.dtype, pyramid.dtype) == x.dtype:
         pyramid = pyramid.to(x.dtype)

@@ -141,6 +141,24 @@ def test_transforms_of_modules(kind):
     assert_as_plain(*results)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_parameters(kind, grad):
+    """One of them, with the rest shared, and all: an ensemble."""
+    x, results = torch.randn(2, 6, 7, 5, dtype=torch.float64), []
+    ours, plain = (module.eval() for module in pair(kind))
+    for module in (ours, plain):
+        shared = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        models = {name: torch.stack([tensor, 1.5 * tensor]) for name, tensor in shared.items()}
+
+        def outputs(state, module=module, shared=shared):
+            return torch.vmap(lambda own: torch.func.functional_call(module, {**shared, **own}, (x,)))(state)
+
+        with torch.set_grad_enabled(grad):
+            results.append([outputs({name: tensor}) for name, tensor in models.items()] + [outputs(models)])
+    assert_as_plain(*results)
+
+
 def test_running_statistics_under_a_transform_are_refused_as_by_torch():
     x = torch.randn(2, 6, 7, 5)
     for module in (PPM(6, 3), PlainPPM(6, 3)):

@@ -405,6 +405,16 @@ def test_a_method_replaced_in_a_class(name, kind, method, monkeypatch):
         assert seen
 
 
+@pytest.mark.parametrize(("kind", "method"), [(PPM, "forward"), (nn.Conv2d, "_conv_forward")], ids=["PPM", "Conv2d"])
+def test_a_result_changed_in_a_class(kind, method, monkeypatch):
+    head = randomised(PSPHead(12, 5, 8, 4, BINS)).eval()
+    old, x = getattr(kind, method), torch.randn(2, 12, 9, 7)
+    monkeypatch.setattr(kind, method, lambda self, *arguments: 2 * old(self, *arguments))
+    with torch.no_grad():
+        expected = PlainHead(head).eval()(x) if kind is nn.Conv2d else head.cls(head.ppm(x))
+        torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_convolution_that_is_replaced_inside_a_convolution():
     """What those do who want a picture to wrap around."""
     ours, plain = pairs()["PSPHead"]

@@ -23,7 +23,7 @@ def pair(bins=(1, 2, 3, 6), in_dim=12, reduction_dim=5, **options):
             if norm.affine:
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
                 nn.init.normal_(norm.bias)
-            if norm.track_running_stats:
+            if norm.running_mean is not None:
                 nn.init.normal_(norm.running_mean, 0, 0.1)
                 nn.init.uniform_(norm.running_var, 0.05, 0.2)
     ours = PPM(in_dim, reduction_dim, bins, **options)
@@ -94,14 +94,22 @@ def test_equals_plain(backend, training, memory_format):
         {"align_corners": False},
         {"norm_layer": lambda c: nn.BatchNorm2d(c, affine=False)},
         {"norm_layer": lambda c: nn.BatchNorm2d(c, track_running_stats=False)},
+        {"norm_layer": lambda c: without_statistics(c)},
         {"norm_layer": lambda c: nn.BatchNorm2d(c, momentum=None, eps=1e-3)},
         {"norm_layer": lambda c: nn.GroupNorm(1, c)},
         {"norm_layer": lambda c: nn.Identity()},
     ],
-    ids=["centres", "no_affine", "no_running", "cumulative", "group_norm", "no_norm"],
+    ids=["centres", "no_affine", "no_running", "statistics_taken_away", "cumulative", "group_norm", "no_norm"],
 )
 def test_equals_plain_with(options, training):
     compare(*pair(reduction_dim=40, **options), torch.randn(8, 12, 9, 10), None, training)
+
+
+def without_statistics(channels):
+    """As people make a norm take the batch's: by taking its buffers away."""
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean = norm.running_var = None
+    return norm
 
 
 def test_state_dict_both_ways():

@@ -260,6 +260,14 @@ def dual_over_reverse(function, tensors, tangents):
         return forward_ad.unpack_dual(gradient).tangent
 
 
+def batched_backward(function, tensors, tangents):
+    """Of a forward that no transform has seen: the rows of its Jacobian."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    cotangents = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    return torch.vmap(lambda g: torch.autograd.grad(out, leaves, g, retain_graph=True))(cotangents)
+
+
 TRANSFORMS = {
     "forward mode": dual,
     "forward mode over reverse": dual_over_reverse,
@@ -268,6 +276,10 @@ TRANSFORMS = {
     "grad": lambda f, tensors, tangents: torch.func.grad(scalar(f))(*tensors),
     "jvp of grad": forward_over_reverse,
     "vmap": lambda f, tensors, tangents: torch.vmap(f)(*map(torch.stack, zip(tensors, tangents, strict=True))),
+    "vmap of a last axis": lambda f, tensors, tangents: torch.vmap(f, -1)(
+        *(torch.stack(pair, -1) for pair in zip(tensors, tangents, strict=True))
+    ),
+    "vmap of a backward": batched_backward,
     "vmap of grad": lambda f, tensors, tangents: torch.vmap(torch.func.grad(scalar(f)))(
         *map(torch.stack, zip(tensors, tangents, strict=True))
     ),
