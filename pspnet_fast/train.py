@@ -238,8 +238,7 @@ class _Training:
         else:
             path = Path(wanted)
             content = snapshot.read(path)
-        last = self.settings.output / snapshot.LAST
-        self.elsewhere = not (last.exists() and last.samefile(path))
+        self.elsewhere = path.resolve() != (self.settings.output / snapshot.LAST).resolve()
         snapshot.check_same_training(content, self.recipe, path)
         self.net.load_state_dict(content["model"])
         snapshot.load_optimizer(content["optimizer"], self.optimizer, path)
@@ -281,9 +280,7 @@ class _Training:
                 stack.callback(self.board.close)
             stop = self.stop = stack.enter_context(Stop(self.ours.first))
             stack.enter_context(contextlib.closing(bar))
-            if (
-                self.elsewhere
-            ):  # or "saved" would not be true of this folder, and a validation's scores had no place in it
+            if self.elsewhere and (self.due or done == self.iterations):  # what is called saved is in this folder
                 self._save(done)
             if self.due:  # before any worker starts
                 number = self._validate(done)

@@ -32,7 +32,7 @@ def enter(folder, resume=None):
         ([PREVIOUS], None, "another training .previous.pth."),
         ([BEST], None, "another training .best.pth.: .* or give this one another folder .--output."),
         ([BEST], "auto", "holds best.pth and no last.pth to go on from: --resume .*best.pth goes on from that"),
-        ([LAST], "elsewhere/last.pth", "holds the snapshots of another training .last.pth. than elsewhere/last.pth"),
+        ([LAST], "elsewhere/last.pth", "holds .* than elsewhere/last.pth: --resume auto goes on with those"),
     ],
 )
 def test_a_folder_of_another_training_is_refused(tmp_path, monkeypatch, there, resume, words):
