@@ -77,7 +77,7 @@ class Run:
         seed: of weights, order, augmentation and dropout.
         deterministic: refuse every operation that does not repeat to the bit, on a GPU too.
         resume: "auto" goes on from the newest whole snapshot in `output`, if there is one; or the path of a snapshot.
-        checkpoint_every: iterations between snapshots.
+        checkpoint_every: iterations between snapshots; there is one before every validation, too.
         validate_every: iterations between validations; null validates at the end alone.
         validate_images: how many images a validation takes; null takes all.
         log_every: iterations between lines of the log; in several processes also between looks at SIGTERM.
