@@ -20,7 +20,7 @@ from .config import MANY, ConfigError, Recipe, check_between
 from .extras import install
 from .placement import Precision
 from .protocol import BOUNDS
-from .schema import nearest, shown
+from .schema import from_plain, nearest, shown
 
 Settings = TypeVar("Settings")
 
@@ -121,15 +121,15 @@ def parse(prog: str, argv: Sequence[str], kind: type[Settings], description: str
         ):
             given.append(f"--{other}=null")
     try:
-        namespace = parser.parse_args(given)
-        values = parser.instantiate(namespace).as_dict()
-        parts = []
-        for each in (Recipe, kind):
-            names = [part.name for part in dataclasses.fields(cast(Any, each))]
-            parts.append(each(**{name: values[name] for name in names}))
+        values = parser.parse_args(given).as_dict()
     except (ArgumentError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise ConfigError(_explained(str(error), known)) from error
-    return cast(Recipe, parts[0]), cast(Settings, parts[1])
+    # Not by jsonargparse, which takes null for everything.
+    parts = (
+        from_plain(each, {part.name: values[part.name] for part in dataclasses.fields(cast(Any, each))}, ConfigError)
+        for each in (Recipe, kind)
+    )
+    return cast("tuple[Recipe, Settings]", tuple(parts))
 
 
 def _names(kind: type) -> dict[str, Any]:
@@ -159,6 +159,8 @@ def _arguments(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         hint = known.get(name)
+        if negated and values:
+            raise ConfigError(f"--no-{name} takes no value, got {shown(values[0])}")
         if hint is bool and not values:
             made.append(f"--{name}={'false' if negated else 'true'}")
         elif _is_tuple(hint) and values and not values[0].startswith("["):

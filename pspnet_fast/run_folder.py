@@ -119,7 +119,8 @@ def _check_snapshots(folder: Path, resume: str | None) -> None:
     source = Path(resume).parent
     if not (source.is_dir() and os.path.samefile(source, folder)):
         raise SnapshotError(
-            f"{folder}: holds the snapshots of another training ({', '.join(there)}) than {resume}: {elsewhere}"
+            f"{folder}: holds the snapshots of another training ({', '.join(there)}) than {resume}: --resume auto goes on "
+            f"with those, or {elsewhere}"
         )
 
 

@@ -94,7 +94,7 @@ def _simple(hint: Any, value: object, name: str, error: Raised) -> Any:
         int: ("a whole number", isinstance(value, int) and not isinstance(value, bool)),
         float: ("a number", isinstance(value, (int, float)) and not isinstance(value, bool)),
         str: ("text", isinstance(value, str)),
-        Path: ("a path", isinstance(value, Path) or (isinstance(value, str) and value != "" and "\0" not in value)),
+        Path: ("a path", isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)),
         Mapping: ("names and values", isinstance(value, Mapping)),
     }[get_origin(hint) or hint]
     if fits and isinstance(value, int) and not -_LARGEST < value < _LARGEST:

@@ -77,7 +77,7 @@ class Run:
         seed: of weights, order, augmentation and dropout.
         deterministic: refuse every operation that does not repeat to the bit, on a GPU too.
         resume: "auto" goes on from the newest whole snapshot in `output`, if there is one; or the path of a snapshot.
-        checkpoint_every: iterations between snapshots.
+        checkpoint_every: iterations between snapshots; there is one before every validation, too.
         validate_every: iterations between validations; null validates at the end alone.
         validate_images: how many images a validation takes; null takes all.
         log_every: iterations between lines of the log; in several processes also between looks at SIGTERM.
@@ -189,7 +189,7 @@ class _Training:
         self.iterations = iterations_of(recipe, len(self.data.samples))
         if ours.first:
             for dataset in (self.data, self.validation):
-                _LOG.info("%s: %s", dataset.split, dataset.source)
+                self._say("%s: %s", dataset.split, dataset.source)
 
         torch.manual_seed(run.seed)
         self.net = placed(recipe.network(), device, run.channels_last)
@@ -199,10 +199,14 @@ class _Training:
         self.scores: list[tuple[int, float]] = []
         self.failed: list[tuple[int, str]] = []
         self.evaluation: Evaluation | None = None
-        self.first, self.best, self.due, self.skipped = 0, -math.inf, False, False
+        self.first, self.best, self.due, self.skipped, self.elsewhere = 0, -math.inf, False, False, False
         self._resume()
         self.model = self._wrapped()
         self.board = self._open_board() if run.tensorboard and ours.first else None
+
+    def _say(self, words: str, *values: object) -> None:
+        """A line of train.log, and of the terminal where logging is set up to show such."""
+        (_LOG if _LOG.isEnabledFor(logging.INFO) else self.lines).info(words, *values)
 
     def _wrapped(self) -> nn.Module:
         model: nn.Module = self.net
@@ -234,6 +238,7 @@ class _Training:
         else:
             path = Path(wanted)
             content = snapshot.read(path)
+        self.elsewhere = path.resolve() != (self.settings.output / snapshot.LAST).resolve()
         snapshot.check_same_training(content, self.recipe, path)
         self.net.load_state_dict(content["model"])
         snapshot.load_optimizer(content["optimizer"], self.optimizer, path)
@@ -250,7 +255,7 @@ class _Training:
         if self.ours.first:
             if changed:
                 _LOG.warning("not to the bit what it would have been without the break: %s", ", ".join(changed))
-            _LOG.info("resumed from %s, iteration %d of %d", path, self.first, self.iterations)
+            self._say("resumed from %s, iteration %d of %d", path, self.first, self.iterations)
 
     def run(self) -> Result:
         recipe, settings = self.recipe, self.settings
@@ -275,8 +280,10 @@ class _Training:
                 stack.callback(self.board.close)
             stop = self.stop = stack.enter_context(Stop(self.ours.first))
             stack.enter_context(contextlib.closing(bar))
+            if self.elsewhere and (self.due or done == self.iterations):  # what is called saved is in this folder
+                self._save(done)
             if self.due:  # before any worker starts
-                number = self._validate(done, saved=True)
+                number = self._validate(done)
             following = stack.enter_context(batches(loader(samples, steps, settings.workers, self.device)))
             self.since = time.perf_counter()
             for iteration in range(self.first, self.first if number else self.iterations):
@@ -284,15 +291,15 @@ class _Training:
                 done = iteration + 1
                 bar.update()
                 last = done == self.iterations
-                saves = done % settings.checkpoint_every == 0 or last
                 self.due = last or (settings.validate_every is not None and done % settings.validate_every == 0)
-                if saves or self.due or done % settings.log_every == 0 or (alone and stop.asked):
+                saves = self.due or done % settings.checkpoint_every == 0
+                if saves or done % settings.log_every == 0 or (alone and stop.asked):
                     number = self._look(done, pending, stop, bar)
                     pending = []
                 if saves or number:
                     self._save(done)
                 if self.due and not number:
-                    number = self._validate(done, saves)
+                    number = self._validate(done)
                 if number:
                     break
         if self.ours.first:
@@ -392,12 +399,11 @@ class _Training:
             f"The last snapshot in {self.settings.output} is from before"
         )
 
-    def _validate(self, done: int, saved: bool) -> int:
-        """Score the network as it is after `done` iterations; the signal that came meanwhile and ended it, or 0.
+    def _validate(self, done: int) -> int:
+        """Score the network as it is after `done` iterations, of which last.pth is; it gets the scores, too.
 
-        Args:
-            done: iterations.
-            saved: whether last.pth is of this iteration, and gets the scores, too.
+        Returns:
+            The signal that came meanwhile and ended it, or 0.
         """
         alone = self.ours.world_size == 1  # else the others would wait for this process
         self.net.eval()
@@ -422,14 +428,14 @@ class _Training:
         self.best = scores.miou if better else self.best
         with together(self.ours.world_size):
             if self.ours.first:
-                _LOG.info("iteration %d: mIoU %.4f, mAcc %.4f, aAcc %.4f", done, scores.miou, scores.macc, scores.aacc)
+                self._say("iteration %d: mIoU %.4f, mAcc %.4f, aAcc %.4f", done, scores.miou, scores.macc, scores.aacc)
                 if self.board is not None:
                     for name in ("miou", "macc", "aacc"):
                         self.board.add_scalar(f"validation/{name}", getattr(scores, name), done)
                 if better:
                     snapshot.save(self._content(done), self.settings.output / snapshot.BEST)
-                if saved:  # in place of the one without scores; the one before it stays
-                    snapshot.save(self._content(done), self.settings.output / snapshot.LAST)
+                # In place of the one without scores; the one before it stays.
+                snapshot.save(self._content(done), self.settings.output / snapshot.LAST)
         return 0
 
     def _evaluate(self) -> Evaluation:

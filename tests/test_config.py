@@ -1,6 +1,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_own_settings_and_files(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["ade20k_pspnet50", "--no-flip=true"], "--no-flip takes no value, got 'true'"),
+        (["ade20k_pspnet50", "--no-flip", "false"], "--no-flip takes no value, got 'false'"),
         ([], "^CONFIG is missing: one of ade20k_pspnet101, "),
         (["ade20k_pspnet5"], "^no recipe 'ade20k_pspnet5', did you mean 'ade20k_pspnet50'"),
         (["ade20k_pspnet50", "--layer", "50"], "^there is no option 'layer', did you mean 'layers'\\?$"),
@@ -130,6 +133,19 @@ def test_own_settings_and_files(tmp_path):
 def test_what_is_refused(argv, words):
     with pytest.raises(ConfigError, match=words):
         parsed(*argv)
+
+
+@pytest.mark.parametrize("name", sorted(plain(Recipe()) | {"output": "", "quick": True}))
+def test_nothing_for_a_setting(tmp_path, name):
+    """As YAML says it by leaving a value out: for what may be null, or refused by name."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"crop: 65\n{name}:\n" if name != "crop" else "crop:\nflip: true\n")
+    hints = get_type_hints(Recipe) | get_type_hints(Own)
+    if type(None) in get_args(hints[name]):
+        assert getattr(parsed(str(path))[0], name) is None
+    else:
+        with pytest.raises(ConfigError, match=f"{name} must "):
+            parsed(str(path))
 
 
 def test_unknown_keys_of_a_file(tmp_path):

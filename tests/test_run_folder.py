@@ -32,7 +32,7 @@ def enter(folder, resume=None):
         ([PREVIOUS], None, "another training .previous.pth."),
         ([BEST], None, "another training .best.pth.: .* or give this one another folder .--output."),
         ([BEST], "auto", "holds best.pth and no last.pth to go on from: --resume .*best.pth goes on from that"),
-        ([LAST], "elsewhere/last.pth", "holds the snapshots of another training .last.pth. than elsewhere/last.pth"),
+        ([LAST], "elsewhere/last.pth", "holds .* than elsewhere/last.pth: --resume auto goes on with those"),
     ],
 )
 def test_a_folder_of_another_training_is_refused(tmp_path, monkeypatch, there, resume, words):
@@ -173,6 +173,21 @@ def test_the_log(tiny, caplog):
     assert " not to the bit what it would have been without the break: " in after[len(text) :]
     assert " ended by TrainingError: iteration " in after.splitlines()[-1]
     assert not logging.getLogger("pspnet_fast").handlers
+
+
+def test_the_log_where_the_terminal_shows_warnings_alone(tiny, caplog):
+    """As from Python, where nobody has set up logging: the file has the scores all the same, and where it went on."""
+    for iterations in (2, 4):
+        recipe, run = tiny(iterations=iterations, validate_images=1, resume="auto")
+        with caplog.at_level(logging.WARNING):
+            result = train.train(recipe, run)
+    text = (run.output / LOG).read_text()
+    for done, score in result.scores:
+        assert text.count(f" iteration {done}: mIoU {score:.4f}, ") == 1
+    assert f" resumed from {run.output / LAST}, iteration 2 of 4\n" in text
+    assert not [
+        record for record in caplog.records if record.name == train.__name__ and record.levelno < logging.WARNING
+    ]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):

@@ -56,6 +56,7 @@ def test_every_setting_survives():
         ({"flip": 1}, "flip must be true or false, got 1"),
         ({"data": ""}, "data must be a path, got ''"),
         ({"data": "a\0b"}, "data must be a path, got "),
+        ({"data": Path("a\0b")}, "data must be a path, got "),
         ({"data": 3}, "data must be a path, got 3"),
         ({"layers": "50"}, "layers must be one of 18, 34, 50, 101, 152, 269, got '50'"),
         ({"stages": True}, "stages must be one of 2, 3, 4, got True"),

@@ -186,6 +186,26 @@ def test_a_signal_in_a_validation(tiny, monkeypatch, number):
     assert (result.finished, result.scores) == (True, expected)
 
 
+def test_a_signal_in_a_validation_between_two_snapshots(tiny, monkeypatch):
+    """Nothing is lost by it: a validation has a snapshot before it, whatever `checkpoint_every` is."""
+    options = {"checkpoint_every": 100, "validate_every": 3, "validate_images": 1}
+    recipe, whole = tiny("whole", **options)
+    expected = train.train(recipe, whole).scores
+    recipe, run = tiny("run", resume="auto", **options)
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SOON)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert train.train(recipe, run).signal == signal.SIGTERM
+    last = snapshot.read(run.output / LAST)
+    assert (last["iteration"], last["validation_due"]) == (3, True)
+    assert train.train(recipe, run).scores == expected
+    assert_same(weights(run.output), weights(whole.output))
+
+
 class _Stuck:
     """A worker that reads from where nothing comes, and knows no signal."""
 

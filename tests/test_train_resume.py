@@ -120,6 +120,36 @@ def test_a_damaged_snapshot_is_skipped(tiny, caplog):
     assert_same(weights(run.output), expected)
 
 
+def test_a_due_validation_of_the_snapshot_before(tiny, monkeypatch):
+    """Its scores do not take the place of a damaged last.pth, and what is kept as skipped.pth is that, not a whole one."""
+    recipe, run = tiny(resume="auto", validate_every=4, validate_images=1)
+
+    def fails(*_, **__):
+        raise ValueError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", fails)
+        train.train(recipe, run)
+    damaged = (run.output / snapshot.LAST).read_bytes()[:-50]
+    (run.output / snapshot.LAST).write_bytes(damaged)
+    assert snapshot.latest(run.output)[1]["validation_due"] is True
+    result = train.train(recipe, run)
+    assert [iteration for iteration, _ in result.scores] == [4, 6]
+    assert (run.output / snapshot.SKIPPED).read_bytes() == damaged
+    assert [snapshot.read(run.output / name)["iteration"] for name in (snapshot.PREVIOUS, snapshot.LAST)] == [4, 6]
+
+
+def test_a_snapshot_of_another_folder_is_there_at_once(tiny):
+    """Of a finished training, too: `saved` is true of the folder that this one writes into."""
+    recipe, run = tiny("one", iterations=2, validate_images=1)
+    train.train(recipe, run)
+    last = run.output / snapshot.LAST
+    recipe, run = tiny("two", iterations=2, validate_images=1, resume=str(last))
+    result = train.train(recipe, run)
+    assert (result.iteration, result.finished, result.evaluation) == (2, True, None)
+    assert_same(weights(run.output), snapshot.read(last)["model"])
+
+
 def test_what_bits_depend_on_is_said(tiny, monkeypatch, caplog):
     """The number of threads, the machine: a run that goes on with others is another to the bit."""
     threads = torch.get_num_threads()
