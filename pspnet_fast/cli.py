@@ -164,7 +164,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         check_protocol(protocol, lambda name: "--windows" if name == "batch_size" else _option(name))
         net, recipe = config.trained_network(settings.weights, recipe)
         _check_channels(net, settings.weights)
-        dataset = config.dataset_of(recipe, settings.split)
+        dataset = config.dataset_of(recipe, settings.split, settings.skip_corrupt)
         dataset = dataset._replace(samples=dataset.samples[: settings.images])
         device = placement.device_of(settings.device)
         found: list[evaluate.Evaluation] = []

@@ -290,8 +290,8 @@ def protocol_of(recipe: Recipe) -> Protocol:
     )
 
 
-def dataset_of(recipe: Recipe, split: str) -> Dataset:
-    """The recipe's images of a split, "train" or "val".
+def dataset_of(recipe: Recipe, split: str, skip_corrupt: bool = False) -> Dataset:
+    """The recipe's images of a split, "train" or "val"; `skip_corrupt` as for `find_dataset`.
 
     Raises:
         ConfigError: no folder is given. DatasetError: it does not hold what it must.
@@ -304,7 +304,14 @@ def dataset_of(recipe: Recipe, split: str) -> Dataset:
             f"classes of labelled data must be at most {IGNORED}, label {IGNORED} is ignored, got {count}"
         )
     list_file = recipe.train_list if split == "train" else recipe.val_list
-    return find_dataset(recipe.dataset, recipe.data, split, list_file=list_file, classes=recipe.class_table())
+    return find_dataset(
+        recipe.dataset,
+        recipe.data,
+        split,
+        list_file=list_file,
+        classes=recipe.class_table(),
+        skip_corrupt=skip_corrupt,
+    )
 
 
 def differing_settings(recipe: Recipe, saved: Recipe) -> list[str]:

@@ -178,8 +178,8 @@ class _Training:
                 f"batch_size must be a multiple of {ours.world_size} processes times accumulate = {run.accumulate}, "
                 f"got {recipe.batch_size}"
             )
-        self.data = dataset_of(recipe, "train")
-        self.validation = dataset_of(recipe, "val")
+        self.data = dataset_of(recipe, "train", run.skip_corrupt)
+        self.validation = dataset_of(recipe, "val", run.skip_corrupt)
         if run.validate_images is not None:
             self.validation = self.validation._replace(samples=self.validation.samples[: run.validate_images])
         with together(ours.world_size):

@@ -72,7 +72,13 @@ class Dataset(NamedTuple):
 
 
 def find_dataset(
-    name: str, root: Path, split: str, *, list_file: Path | None = None, classes: Classes | None = None
+    name: str,
+    root: Path,
+    split: str,
+    *,
+    list_file: Path | None = None,
+    classes: Classes | None = None,
+    skip_corrupt: bool = False,
 ) -> Dataset:
     """Find a dataset's files, and check that they belong together; the first, middle and last sample are read.
 
@@ -90,6 +96,8 @@ def find_dataset(
             K - 1 and 255 for ignored, both seen from `root`. In split "test" it has the picture alone. Paths with spaces
             stand in quotes, or a tab stands between the two. UTF-8, with or without a byte-order mark.
         classes: the class table, where it is not the dataset's own; "list" needs it.
+        skip_corrupt: whether whoever reads the samples skips those that cannot be: then only where none of those that are
+            looked at can be is it an error.
 
     Raises:
         DatasetError: what was expected is not there, files have no partner, or a sample that was read does not fit.
@@ -122,9 +130,9 @@ def find_dataset(
     table[list(raw)], valid[list(raw)] = list(raw.values()), True
     dataset = Dataset(name, split, classes, tuple(samples), table, valid, f"{len(samples)} pictures of {source}")
     looked = [_look(samples[i], dataset) for i in sorted({0, len(samples) // 2, len(samples) - 1})]
-    for one in looked:
-        if one.problems:
-            raise DatasetError(f"{name}: {one.problems[0]}")
+    problems = [one.problems[0] for one in looked if one.problems]
+    if problems and not (skip_corrupt and len(problems) < len(looked)):
+        raise DatasetError(f"{name}: {problems[0]}")
     _say_turned(dataset, [one.sample.image for one in looked if one.turned])
     if split != "test" and count <= FEW:
         _say_unseen_of_few(dataset)

@@ -491,3 +491,17 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, missing):
         monkeypatch.delitem(sys.modules, f"pspnet_fast.data.{module}")
     with pytest.raises(ImportError, match=r"need Pillow and tqdm.*pip install --no-build-isolation '\.\[predict\]'"):
         importlib.import_module("pspnet_fast.data.datasets")
+
+
+def test_a_sample_that_will_be_skipped_ends_nothing_at_the_start(tmp_path):
+    """The first, middle and last are looked at; who skips corrupt ones meets them later, one by one."""
+    ade20k(tmp_path, names=("x1", "x2", "x3"))
+    pictures = sorted((tmp_path / "images" / "training").iterdir())
+    for count, picture in enumerate(pictures, 1):
+        picture.write_bytes(picture.read_bytes()[:60])
+        with pytest.raises(DatasetError, match=r"x1\.jpg: cannot be read as a picture"):
+            find_dataset("ade20k", tmp_path, "train")
+        if count < len(pictures):
+            assert len(find_dataset("ade20k", tmp_path, "train", skip_corrupt=True).samples) == 3
+    with pytest.raises(DatasetError, match=r"x1\.jpg: cannot be read as a picture"):
+        find_dataset("ade20k", tmp_path, "train", skip_corrupt=True)
