@@ -72,9 +72,8 @@ def verified(file: BinaryIO) -> Archive:
             return _verified(file, length, archive)
     except RefusedError:
         raise
-    except (
-        Exception
-    ) as error:  # BadZipFile, and what it trips over: NotImplementedError, UnicodeDecodeError, OSError...
+    except Exception as error:
+        # BadZipFile, and what it trips over: NotImplementedError, UnicodeDecodeError, OSError...
         raise RefusedError(f"truncated or damaged: {error}") from error
 
 
