@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -339,10 +339,10 @@ def _network(args: argparse.Namespace) -> tuple[PSPNet, Classes, int, int | None
     from . import predict
 
     content = None if args.weights is None else read_checkpoint(args.weights)
-    if content is not None and isinstance(content.get("recipe"), Mapping):
+    if content is not None and "recipe" in content:
         from . import config
 
-        net, recipe = config.snapshot_network(content)
+        net, recipe = config.snapshot_network(content, str(args.weights))
         classes = recipe.class_table()
         if args.dataset is not None and recipe.dataset == "list":  # as converted checkpoints say, which know no names
             named = CLASSES[args.dataset]

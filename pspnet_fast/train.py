@@ -264,14 +264,8 @@ class _Training:
             self.first, self.iterations, recipe.batch_size, settings.accumulate, self.ours.rank, self.ours.world_size
         )
         self.samples, self.steps = samples, steps
-        bar = tqdm(
-            total=self.iterations,
-            initial=self.first,
-            unit="it",
-            disable=not self.ours.first,
-            desc="train",
-            smoothing=0.1,
-        )
+        shown, total = self.ours.first, self.iterations
+        bar = tqdm(desc="train", total=total, initial=self.first, unit="it", disable=not shown, smoothing=0.1)
         done, pending, number = self.first, [], 0
         alone = self.ours.world_size == 1
         self.model.train()

@@ -444,3 +444,12 @@ def test_a_snapshot_of_a_training_is_predicted_without_opencv(pictures, tmp_path
     code = f"{hidden}; from pspnet_fast import cli; sys.exit(cli.main({[*words, '--device', 'cpu']!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["text", {"layers": 18, "width": 2_000_000}, {"layers": "x"}], ids=str)
+def test_a_recipe_that_cannot_be_is_named_with_its_file(pictures, tmp_path, capsys, recipe):
+    """Not taken for a checkpoint that has none, whose network the options would say."""
+    torch.save({"model": {}, "recipe": recipe}, tmp_path / "odd.pth")
+    given = [str(pictures), "--weights", str(tmp_path / "odd.pth"), "--output", str(tmp_path / "out"), *OPTIONS]
+    assert cli.main(["predict", *given]) == 2
+    assert f"{tmp_path / 'odd.pth'}: its recipe cannot be: " in capsys.readouterr().err
